@@ -1,0 +1,379 @@
+"""The command line. Heavy imports stand inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from adamix import display
+from adamix.config import Config
+from adamix.errors import AdamixError
+from adamix.version import __version__
+
+if TYPE_CHECKING:
+    from adamix.evaluation import Evaluation
+    from adamix.inspection import Inspection
+    from adamix.pipeline import Summary
+
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+
+
+class Preset(str, Enum):
+    adamix = "adamix"
+    paper = "paper"
+
+
+class Decomposition(str, Enum):
+    output_aware = "output-aware"
+    plain = "plain"
+
+
+class Objective(str, Enum):
+    v_and_u = "v+u"
+    v = "v"
+
+
+class Solver(str, Enum):
+    highs = "highs"
+    cbc = "cbc"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class OneLineErrors(TyperGroup):
+    """A user's fault is one line on stderr and exit code 1; Ctrl-C one line and 130."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (AdamixError, OSError) as error:
+            if getattr(error, "errno", None) == errno.EPIPE:
+                raise
+            _fail(str(error))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            _fail("interrupted")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _fail(reason: str) -> None:
+    print(f"adamix: error: {' '.join(reason.split())}", file=sys.stderr)
+
+
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Compress the difference between a fine-tuned model and its base, "
+                       "and serve it.")
+
+Base = Annotated[str, typer.Argument(help="Base model: a folder or a Hugging Face name.")]
+Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="adamix")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"adamix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
+                                                help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def compress(
+    base: Base,
+    finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Delta folder to write.")],
+    ratio: Annotated[float | None, typer.Option(
+        help="16-bit size over compressed size, everything counted [default: 16].")] = None,
+    bits: Annotated[float | None, typer.Option(
+        help="Bits a weight instead of --ratio.")] = None,
+    preset: Annotated[Preset, typer.Option(help="The starting point of all other options.")
+                      ] = Preset.adamix,
+    calibration: Annotated[str | None, typer.Option(
+        help="Text or .jsonl file, or dataset [default: sampled from FINETUNED itself].")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration's sampling.")] = None,
+    threads: Annotated[int | None, typer.Option(
+        min=1, help="Matrices at a time; the result is the same [default: all cores].")] = None,
+    passes: Annotated[int | None, typer.Option(help="How often U is quantized.")] = None,
+    widths: Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")] = None,
+    max_widths: Annotated[int | None, typer.Option(
+        help="Different widths in one matrix at most, 0 bits counted.")] = None,
+    decomposition: Annotated[Decomposition | None, typer.Option(
+        help="SVD of the output's change, or of the plain difference.")] = None,
+    objective: Annotated[Objective | None, typer.Option(
+        help="Error of both factors, or of V alone.")] = None,
+    correction: Annotated[bool | None, typer.Option(
+        "--correction/--no-correction", help="Solve for U again once V is quantized.")] = None,
+    solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
+    embeddings: Annotated[bool | None, typer.Option(
+        "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress FINETUNED's difference from BASE into a delta folder."""
+    choices = {"ratio": ratio, "bits_per_weight": bits, "calibration_sequences": sequences,
+               "calibration_length": length, "seed": seed, "passes": passes,
+               "bit_widths": _widths(widths), "max_widths": max_widths,
+               "decomposition": decomposition, "objective": objective, "correction": correction,
+               "solver": solver, "damping": damping, "embeddings": embeddings}
+    given = {name: value.value if isinstance(value, Enum) else value
+             for name, value in choices.items() if value is not None}
+    try:
+        config = Config.preset(preset.value, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _quiet()
+    from adamix.pipeline import compress as run
+
+    with display.shown_progress() as progress:
+        summary = run(base, finetuned, out, config, calibration=calibration, threads=threads,
+                      progress=progress)
+    if as_json:
+        display.show_json(_summary_json(summary))
+    else:
+        _show_summary(summary)
+
+
+@app.command()
+def inspect(
+    delta: Delta,
+    plot: Annotated[Path | None, typer.Option(
+        help="Draw the bits by layer: a .png, or a folder for all pictures.")] = None,
+    matrix: Annotated[str | None, typer.Option(
+        help="Whose singular values to draw [default: the last q_proj].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a delta's bytes go and what they cost in exactness."""
+    from adamix.inspection import inspect as run
+
+    found = run(delta)
+    drawn: list[Path] = []
+    if plot is not None:
+        try:
+            from adamix.plots import plot_delta
+        except ImportError as error:
+            raise AdamixError(f"pictures need matplotlib: pip install adamix[plot] ({error})"
+                              ) from error
+        drawn = plot_delta(delta, plot, matrix=matrix)
+    if as_json:
+        display.show_json(found.to_dict() | {"plots": [str(path) for path in drawn]})
+        return
+    _show_inspection(found)
+    for path in drawn:
+        print(f"wrote {path}")
+
+
+@app.command()
+def evaluate(
+    base: Base,
+    finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")],
+    delta: Annotated[Path | None, typer.Argument(help="A delta folder.")] = None,
+    prompts: Annotated[Path | None, typer.Option(
+        help='.jsonl of {"prompt", "answer"}: share of exact answers.')] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file: perplexity.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Score base, fine-tune and base + delta on the same prompts and text."""
+    if prompts is None and text is None:
+        raise typer.BadParameter("nothing to measure: give --prompts, --text, or both")
+    _quiet()
+    from adamix.evaluation import evaluate as run
+
+    with display.shown_progress() as progress:
+        found = run(base, finetuned, delta, prompts=prompts, text=text, limit=limit,
+                    max_new_tokens=max_new_tokens, batch_size=batch, progress=progress)
+    if as_json:
+        display.show_json(found.to_dict())
+    else:
+        _show_evaluation(found)
+
+
+@app.command()
+def merge(
+    base: Base,
+    delta: Delta,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint folder to write.")],
+    dtype: Annotated[Dtype | None, typer.Option(
+        help="Of all weights [default: the fine-tune's].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the restored fine-tune as an ordinary Hugging Face checkpoint."""
+    _quiet()
+    from adamix.merging import merge as run
+
+    with display.shown_progress() as progress:
+        done = run(base, delta, out, dtype=dtype.value if dtype else None, progress=progress)
+    facts = {"out": str(done.out), "dtype": done.dtype, "tensors": done.tensors,
+             "bytes": done.bytes, "rounding_error": done.rounding_error,
+             "worst_rounding_error": done.worst_rounding_error, "worst_matrix": done.worst_matrix,
+             "seconds": done.seconds}
+    if as_json:
+        display.show_json(facts)
+        return
+    worst = f", worst {done.worst_rounding_error:.3g} ({done.worst_matrix})"
+    display.show_facts([
+        ("wrote", f"{done.out}: {done.tensors} tensors, {display.bytes_text(done.bytes)}"),
+        (f"rounding to {done.dtype} adds", f"{done.rounding_error:.3g} of ‖Δ̂‖²"
+         + (worst if done.worst_matrix else "")),
+        ("time", display.seconds_text(done.seconds))])
+
+
+@app.command()
+def generate(
+    base: Base,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to go on from.")],
+    delta: Annotated[Path | None, typer.Option(help="A delta folder to add to BASE.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let BASE, or BASE + DELTA, go on from each prompt."""
+    _quiet()
+    import torch
+
+    from adamix.evaluation import answer, load_model, load_tokenizer
+    from adamix.merging import restored_model
+
+    model = load_model(base) if delta is None else restored_model(base, delta)
+    tokenizer = load_tokenizer([base] if delta is None else [delta, base])
+    torch.manual_seed(seed)
+    written = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens,
+                     temperature=temperature)
+    if as_json:
+        display.show_json({"generations": [{"prompt": prompt, "text": text}
+                                           for prompt, text in zip(prompts, written, strict=True)]})
+        return
+    for prompt, text in zip(prompts, written, strict=True):
+        print(f"{prompt}{text}")
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and warnings out of ours."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--widths must be numbers like 8,4,3,2, got {text!r}") from None
+
+
+def _summary_json(summary: Summary) -> dict[str, object]:
+    worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
+    return {"out": str(summary.out), "bytes": summary.bytes, "bytes_16bit": summary.bytes_16bit,
+            "ratio": summary.ratio, "bytes_beside": summary.bytes_beside,
+            "matrices": len(summary.rows), "mean_error": summary.relative_error,
+            "worst_error": worst.relative_error if worst else None,
+            "worst_matrix": worst.name if worst else None, "seconds": summary.seconds,
+            "peak_bytes": summary.peak_bytes}
+
+
+def _show_summary(summary: Summary) -> None:
+    size = display.bytes_text
+    worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
+    errors = "no matrix differs"
+    if worst is not None:
+        errors = (f"mean {display.percent_text(summary.relative_error)}, worst "
+                  f"{display.percent_text(worst.relative_error)} ({worst.name})")
+    stages = ", ".join(f"{stage} {display.seconds_text(spent)}"
+                       for stage, spent in summary.seconds.items())
+    display.show_facts([
+        ("wrote", str(summary.out)),
+        ("size", f"{size(summary.bytes)}, everything counted: 1/{summary.ratio:.2f} of the "
+                 f"{size(summary.bytes_16bit)} that differ"),
+        ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
+        ("output error", errors),
+        ("time", stages),
+        ("peak memory", size(summary.peak_bytes))])
+
+
+def _show_inspection(found: Inspection) -> None:
+    size, percent = display.bytes_text, display.percent_text
+    calibration = ", ".join(f"{key} {value}" for key, value in found.calibration.items()
+                            if key != "sha256")
+    display.show_facts([
+        ("delta", f"{found.path}: {size(found.bytes)}, 1/{found.ratio:.2f} of the "
+                  f"{size(found.bytes_16bit)} that differ"),
+        ("base", found.base), ("fine-tune", f"{found.finetuned} ({found.dtype})"),
+        ("config", ", ".join(f"{key} {_brief(value)}" for key, value in found.config.items()
+                             if value is not None)),
+        ("calibration", calibration)])
+    names = [row.kind.removesuffix(".weight").removeprefix("model.") for row in found.kinds]
+    rows = [[name, str(row.tensors), f"{row.shape[0]}×{row.shape[1]}", f"{row.mean_rank:.0f}",
+             size(row.bytes), f"{row.bits_per_weight:.3f}", percent(row.mean_error),
+             percent(row.worst_error)] for name, row in zip(names, found.kinds, strict=True)]
+    rows.append(["all", str(sum(row.tensors for row in found.kinds)), "", "",
+                 size(found.bytes_matrices), f"{found.bits_per_weight:.3f}",
+                 percent(found.mean_error), percent(found.worst_error)])
+    display.show_table(["compressed", "tensors", "shape", "rank", "bytes", "bits/weight", "error",
+                        "worst"], rows, last_is_total=True)
+    widths = sorted({bits for row in found.kinds for bits in row.widths}, reverse=True)
+    display.show_table(["components at", *(f"{bits} bit" for bits in widths)],
+                       [[name, *(str(row.widths.get(bits, 0)) for bits in widths)]
+                        for name, row in zip(names, found.kinds, strict=True)])
+    display.show_facts([
+        ("whole", f"{len(found.whole)} tensors, {size(found.bytes_whole)}"),
+        ("extra rows", f"{sum(found.extra_rows.values())} in {len(found.extra_rows)} tensors, "
+                       f"{size(found.bytes_extra_rows)}"),
+        ("as in the base", f"{len(found.equal)} tensors"),
+        ("tied", f"{len(found.tied)} tensors"),
+        ("headers, config", size(found.bytes_overhead)),
+        ("total", f"{size(found.bytes)} ({found.bytes} bytes)"),
+        ("beside it", f"{size(found.bytes_beside)} of logs and copies")])
+
+
+def _brief(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _show_evaluation(found: Evaluation) -> None:
+    models = (found.base, found.finetuned, found.compressed)
+    number = display.number_text
+
+    def row(title: str, field: str, show: object = number) -> list[str]:
+        return [title, *("-" if scores is None else show(getattr(scores, field))  # type: ignore
+                         for scores in models)]
+
+    rows = []
+    if found.text_tokens:
+        rows += [row(f"perplexity ({found.text_tokens} tokens)", "perplexity"),
+                 row("KL from the fine-tune, text (nats a token)", "kl_text")]
+    if found.prompts:
+        rows += [row("KL from the fine-tune, prompts (nats a token)", "kl_prompts"),
+                 row(f"exact answers ({found.prompts} prompts)", "accuracy", display.percent_text)]
+    rows.append(row("time", "seconds", display.seconds_text))
+    display.show_table(["", "base", "fine-tune", "base + delta"], rows)
+
+
+if __name__ == "__main__":
+    main()

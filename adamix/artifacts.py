@@ -1,0 +1,191 @@
+"""What travels between the stages, in the order in which it arises. Notation as in README."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adamix import ops
+
+
+@dataclass(frozen=True)
+class WeightPair:
+    """One tensor of the base and of the fine-tune, as stored in the checkpoints."""
+
+    name: str
+    base: Tensor
+    finetuned: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """ΔW = W_ft − W_base, in fp32 (exact enough: both operands are 16-bit or fp32)."""
+        return self.finetuned.float() - self.base.float()
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H = X Xᵀ + λ I of one linear layer's inputs, with the two factors that the method needs."""
+
+    matrix: Tensor  # [in, in] fp64
+    lower: Tensor  # [in, in] fp64, H = lower · lowerᵀ
+    inverse_upper: Tensor  # [in, in] fp32, H⁻¹ = inverse_upperᵀ · inverse_upper
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW ≈ U · diag(s) · V; component i is (column i of U, s[i], row i of V)."""
+
+    U: Tensor  # [out, rank] fp64
+    s: Tensor  # [rank] fp64
+    V: Tensor  # [rank, in] fp64, unit rows
+
+    def __post_init__(self) -> None:
+        ranks = (self.U.shape[1], self.s.shape[0], self.V.shape[0])
+        if len(set(ranks)) != 1:
+            raise ValueError(f"U, s and V must agree in rank, got {ranks[0]}, {ranks[1]}, {ranks[2]}")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Rows of V̂ or columns of Û as codes: lane i is `scales[i] * (2 q − (2^bits[i] − 1))`."""
+
+    codes: Tensor  # [lanes, n] uint8
+    bits: Tensor  # [lanes] int32
+    scales: Tensor  # [lanes] fp32, > 0
+
+    def levels(self) -> Tensor:
+        """The odd integers that the codes stand for, `[lanes, n]` fp64."""
+        return 2.0 * self.codes.double() - (2.0 ** self.bits.double() - 1.0)[:, None]
+
+    def dequantize(self) -> Tensor:
+        """`[lanes, n]` fp64."""
+        return self.scales.double()[:, None] * self.levels()
+
+    def select(self, lanes: Tensor) -> Lanes:
+        """The lanes at the given indices, in that order."""
+        return Lanes(self.codes[lanes], self.bits[lanes], self.scales[lanes])
+
+
+@dataclass(frozen=True)
+class QuantizedDelta:
+    """Δ̂ = Û_int · diag(scales) · V̂_int, components by width descending, then by original index."""
+
+    U_codes: Tensor  # [rank, out] uint8, one lane a column of Û
+    V_codes: Tensor  # [rank, in] uint8
+    bits: Tensor  # [rank] int32, descending
+    scales: Tensor  # [rank] fp32; the scales of U and V and the singular value in one number
+
+    @property
+    def rank(self) -> int:
+        return self.bits.shape[0]
+
+    def dequantize(self) -> Tensor:
+        """Δ̂ `[out, in]` fp32."""
+        odd = (2.0 ** self.bits.double() - 1.0)[:, None]
+        U = (2.0 * self.U_codes.double() - odd) * self.scales.double()[:, None]
+        return (U.T @ (2.0 * self.V_codes.double() - odd)).float()
+
+
+@dataclass(frozen=True)
+class PackedDelta:
+    """A QuantizedDelta as it is stored and served; the order of the words is drawn in
+    `csrc/layout/packed_layout.h`."""
+
+    words: Tensor  # [words] int32: the rows of V̂, then the columns of Û
+    scales: Tensor  # [rank] fp32
+    counts: tuple[int, ...]  # components at width 8, 7, .., 1
+    shape: tuple[int, int]  # (out, in)
+
+    def __post_init__(self) -> None:
+        out_features, in_features = self.shape
+        expected = ops.v_words(in_features, self.counts) + ops.u_words(out_features, self.counts)
+        if self.words.shape != (expected,) or self.scales.shape != (sum(self.counts),):
+            raise ValueError(
+                f"a {out_features} x {in_features} delta with {self.counts} components at 8..1 bits "
+                f"has {expected} words and {sum(self.counts)} scales, got "
+                f"{tuple(self.words.shape)} and {tuple(self.scales.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """How many components are kept."""
+        return sum(self.counts)
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """{bits: components}, widths in use only."""
+        return {ops.MAX_BITS - k: n for k, n in enumerate(self.counts) if n}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk: words, scales, and the table row that holds the counts."""
+        return 4 * (self.words.numel() + self.scales.numel() + len(self.counts))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`nbytes` in bits over the number of weights."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def dequantize(self) -> Tensor:
+        """Δ̂ `[out, in]` fp32."""
+        out_features, in_features = self.shape
+        U = torch.empty(self.rank, out_features)
+        V = torch.empty(self.rank, in_features)
+        offset = 0
+        for lanes, n in ((V, in_features), (U, out_features)):
+            first = 0
+            for bits, count in self.widths.items():
+                length = count * ops.lane_words(n, bits)
+                words = self.words[offset : offset + length].view(count, -1)
+                codes = ops.unpack(words.cpu(), bits=bits, count=n)
+                lanes[first : first + count] = 2.0 * codes - (2**bits - 1)
+                first, offset = first + count, offset + length
+        return (U * self.scales.cpu()[:, None]).T @ V
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`delta_config.json`: what a delta is, apart from its numbers."""
+
+    base: str  # name or path as given
+    finetuned: str
+    dtype: str  # of the fine-tune's weights, e.g. "bfloat16"
+    fingerprint: dict[str, str]  # of the base: {"sha256": every byte, "sampled": 64 KiB a tensor}
+    config: dict[str, object]
+    calibration: dict[str, object]
+    compressed: dict[str, tuple[int, int, str]]  # kind -> out, in, layer numbers
+    whole: dict[str, str]  # kind -> layer numbers
+    extra_rows: list[str]  # tensors whose rows beyond the base's are stored whole
+    tied: list[str]  # tensors that are another tensor of the same model
+    equal: dict[str, str]  # kind -> layer numbers: as in the base, nothing stored
+    absent: list[str]  # tensors that the base has and the fine-tune lacks
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as JSON values."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_dict(cls, body: dict[str, object]) -> Manifest:
+        """The inverse of `to_dict`; unknown keys are left alone. Raises KeyError, TypeError."""
+        fields = {name: body[name] for name in cls.__dataclass_fields__}
+        fields["compressed"] = {kind: (int(out), int(inn), str(indices))
+                                for kind, (out, inn, indices) in fields["compressed"].items()}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class ModelDelta:
+    """A fine-tune's difference from its base, compressed, by tensor name."""
+
+    matrices: dict[str, PackedDelta]
+    whole: dict[str, Tensor]  # the fine-tune's own values
+    extra_rows: dict[str, Tensor]  # what follows the base's last row
+    manifest: Manifest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, without the file's header."""
+        others = (*self.whole.values(), *self.extra_rows.values())
+        return sum(m.nbytes for m in self.matrices.values()) + sum(t.nbytes for t in others)

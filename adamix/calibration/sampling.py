@@ -1,0 +1,76 @@
+"""Self-calibration: token ids sampled from the fine-tuned model itself, so that nothing else has to
+be supplied. Data-free calibration by the model's own generations is that of LLM-QAT (Liu et al.,
+2023b, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adamix.errors import CalibrationError, NonFiniteError
+
+CHUNK = 16  # sequences sampled together: bounds the KV cache, and fixes what a random stream covers
+
+
+def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: int, length: int,
+           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None) -> Tensor:
+    """Documents drawn from the model at temperature 1, one after the other in each sequence.
+
+    A sequence begins with `start`; where the model ends a document by `end`, `start` follows. Each
+    chunk of sequences has a random stream of its own, so the number of threads changes nothing.
+
+    Args:
+        model: the fine-tuned model, in eval mode.
+        start: id that begins a document.
+        end: id that ends one, None if there is none.
+        sequences, length: shape of the result.
+        seed: of the random streams.
+        executor: runs the chunks.
+        on_chunk: told the number of sequences after each chunk.
+
+    Returns:
+        int64 `[sequences, length]`.
+
+    Raises:
+        CalibrationError: `start` is outside the vocabulary.
+        NonFiniteError: the model's logits are NaN or Inf.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= start < vocabulary:
+        raise CalibrationError(f"the token {start} that begins a document is outside the vocabulary of "
+                               f"{vocabulary}: give --calibration FILE")
+    jobs = [executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
+            for first, rows in _chunks(sequences)]
+    parts = []
+    for job in jobs:
+        parts.append(job.result())
+        on_chunk(len(parts[-1]))
+    return torch.cat(parts)
+
+
+def _chunks(sequences: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, sequences, CHUNK):
+        yield first, min(CHUNK, sequences - first)
+
+
+@torch.inference_mode()
+def _sample_chunk(model: PreTrainedModel, start: int, end: int | None, rows: int, length: int,
+                  seed: int, first: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    tokens = torch.full((rows, length), start, dtype=torch.long)
+    cache = None
+    for position in range(1, length):
+        output = model(input_ids=tokens[:, position - 1 : position].to(model.device),
+                       past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float().cpu()
+        if not torch.isfinite(logits).all():
+            raise NonFiniteError("the fine-tuned model's logits are NaN or Inf")
+        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        ended = tokens[:, position - 1] == end if end is not None and end != start else drawn < 0
+        tokens[:, position] = torch.where(ended, start, drawn)
+    return tokens

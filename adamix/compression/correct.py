@@ -1,0 +1,45 @@
+"""Least-squares targets: the U that absorbs V̂'s error, and the V that absorbs Û's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamix.artifacts import Hessian
+from adamix.compression.hessian import INVERSE_RIDGE, damp
+
+
+def component_gram(A: Tensor, H: Hessian) -> Tensor:
+    """A H Aᵀ `[rank, rank]`, damped: the Hessian of U's columns (paper eq. 6)."""
+    return damp(A @ H.matrix @ A.T, INVERSE_RIDGE)
+
+
+def correct(delta: Tensor, A: Tensor, H: Hessian, gram: Tensor) -> Tensor:
+    """Target Correction for Consistency, Ũ = ΔW H Aᵀ (A H Aᵀ)⁻¹ (paper eq. 8).
+
+    ΔW is the whole delta, not its kept components, so Ũ also takes up what the rank cuts off.
+
+    Args:
+        delta: ΔW `[out, in]` fp64.
+        A: diag(s) V̂ `[rank, in]` fp64.
+        H: Hessian of the inputs.
+        gram: `component_gram(A, H)`.
+
+    Returns:
+        Ũ `[out, rank]` fp64.
+    """
+    factor = torch.linalg.cholesky(gram)
+    return torch.cholesky_solve(A @ H.matrix @ delta.T, factor).T
+
+
+def solve_rows(delta: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:
+    """V* = (Bᵀ D B)⁻¹ Bᵀ D ΔW, the best rows for a fixed Û whatever the inputs.
+
+    Args:
+        delta: ΔW `[out, in]` fp64.
+        B: Û diag(s) `[out, rank]` fp64.
+        weights: D's diagonal `[out]` fp64; None for ones.
+    """
+    weighted = B if weights is None else B * weights[:, None]
+    factor = torch.linalg.cholesky(damp(weighted.T @ B, INVERSE_RIDGE))
+    return torch.cholesky_solve(weighted.T @ delta, factor)

@@ -1,0 +1,50 @@
+"""Gram matrix of the calibration inputs -> damped Hessian and its factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adamix.artifacts import Hessian
+
+INVERSE_RIDGE = 1e-6  # of the mean diagonal, for A H Aᵀ and BᵀB
+
+
+def damp(matrix: Tensor, share: float) -> Tensor:
+    """matrix + share · mean(diagonal) · I."""
+    ridge = share * matrix.diagonal().mean()
+    return matrix + ridge * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+
+
+def hessian(gram: Tensor, damping: float) -> Hessian:
+    """H = X Xᵀ + λ I with λ = `damping` of the mean diagonal, and its Cholesky factors.
+
+    Args:
+        gram: X Xᵀ `[in, in]`, symmetric, any float dtype; not overwritten.
+        damping: in (0, 1). With few tokens 1 % halves the error on inputs held out.
+
+    Raises:
+        ValueError: `gram` is not square, not finite, or zero.
+    """
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix must be square [in, in], got {tuple(gram.shape)}")
+    gram = gram.double()
+    if not torch.isfinite(gram).all():
+        raise ValueError("the Gram matrix holds NaN or Inf: the calibration activations overflowed")
+    if not gram.diagonal().mean() > 0:
+        raise ValueError("the Gram matrix is zero: no calibration token reached this matrix")
+    # The plan must not depend on the unit of the activations: bring the mean diagonal to 1.
+    matrix = damp(gram / gram.diagonal().mean(), damping)
+    lower = torch.linalg.cholesky(matrix)
+    return Hessian(matrix, lower, inverse_upper(torch.cholesky_inverse(lower)))
+
+
+def inverse_upper(inverse: Tensor) -> Tensor:
+    """The upper Cholesky factor of H⁻¹ in fp32, as `ops.gptq` takes it."""
+    return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+
+
+def identity(n: int, device: torch.device | str = "cpu") -> Hessian:
+    """H = I, for a matrix whose inputs are one-hot (an embedding)."""
+    eye = torch.eye(n, dtype=torch.float64, device=device)
+    return Hessian(eye, eye, eye.float())

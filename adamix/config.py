@@ -1,0 +1,109 @@
+"""One frozen configuration: what is compressed to what, and which steps of the method are on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+MODEL_BITS = 16  # what "ratio" is measured against: a fine-tune is served in 16-bit weights
+PRESETS = ("adamix", "paper")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of the method; validated once, saved in `delta_config.json`.
+
+    Exactly one of `ratio` and `bits_per_weight` sets the size; with neither, `ratio` is 16.
+
+    Args:
+        ratio: 16-bit bytes of the tensors that differ, divided by the bytes of the delta file.
+        bits_per_weight: the same as bits for each weight of a compressed matrix, scales counted.
+        bit_widths: widths that a component may get besides 0, each in 1..8 (paper section 3.2, Q).
+        max_widths: at most this many widths in use in one matrix, 0 bits counted (the paper's
+            f_max); None for no limit.
+        decomposition: "output-aware" takes the SVD of ΔW L with H = L Lᵀ, "plain" that of ΔW.
+        objective: "v+u" predicts the error of both factors, "v" that of V alone (paper eq. 5).
+        correction: Target Correction for Consistency (paper eq. 8) before U is quantized.
+        passes: how often U is quantized; from the second pass on V is solved for again before.
+        damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
+        solver: the integer program's solver, "highs" or "cbc".
+        embeddings: compress the embedding and `lm_head`; False stores them whole.
+        calibration_sequences: how many sequences calibrate.
+        calibration_length: tokens a sequence.
+        seed: of self-calibration's sampling and of the choice of calibration text.
+
+    Raises:
+        ValueError: a value outside its range; the sentence names it.
+    """
+
+    ratio: float | None = None
+    bits_per_weight: float | None = None
+    bit_widths: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)
+    max_widths: int | None = None
+    decomposition: Literal["output-aware", "plain"] = "output-aware"
+    objective: Literal["v+u", "v"] = "v+u"
+    correction: bool = True
+    passes: int = 2
+    damping: float = 0.01
+    solver: Literal["highs", "cbc"] = "highs"
+    embeddings: bool = True
+    calibration_sequences: int = 128
+    calibration_length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.bits_per_weight is not None:
+            raise ValueError("ratio and bits_per_weight say the same thing: give only one of them")
+        if self.ratio is None and self.bits_per_weight is None:
+            object.__setattr__(self, "ratio", 16.0)
+        object.__setattr__(self, "bit_widths", tuple(sorted(set(self.bit_widths), reverse=True)))
+        for name, value in (("ratio", self.ratio), ("bits_per_weight", self.bits_per_weight)):
+            if value is not None and not (math.isfinite(value) and 0 < value <= 1024):
+                raise ValueError(f"{name} must be a number in (0, 1024], got {value}")
+        if not self.bit_widths or not all(1 <= b <= 8 for b in self.bit_widths):
+            raise ValueError(f"bit_widths must be one or more widths in 1..8, got {self.bit_widths}")
+        _require("max_widths", self.max_widths is None or self.max_widths >= 2, "None or >= 2", self)
+        _require("decomposition", self.decomposition in ("output-aware", "plain"),
+                 "'output-aware' or 'plain'", self)
+        _require("objective", self.objective in ("v+u", "v"), "'v+u' or 'v'", self)
+        _require("passes", self.passes >= 1, ">= 1", self)
+        _require("damping", 0 < self.damping < 1, "in (0, 1)", self)
+        _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
+        _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)
+        _require("calibration_length", self.calibration_length >= 2, ">= 2", self)
+
+    @classmethod
+    def preset(cls, name: str, **changes: object) -> Config:
+        """A named configuration: "adamix" (all defaults) or "paper" (the published method's
+        choices, with this project's quantizer); `changes` are fields that differ from it."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        config = cls()
+        if name == "paper":
+            config = cls(decomposition="plain", objective="v", max_widths=4, passes=1)
+        if changes.get("bits_per_weight") is not None:
+            changes.setdefault("ratio", None)
+        return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+    @property
+    def bits(self) -> float:
+        """The budget in bits for each weight of a compressed matrix."""
+        if self.bits_per_weight is not None:
+            return self.bits_per_weight
+        assert self.ratio is not None
+        return MODEL_BITS / self.ratio
+
+    def budget_bits(self, shape: tuple[int, int]) -> int:
+        """The budget of one matrix `[out, in]` in bits."""
+        return int(self.bits * shape[0] * shape[1])
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as JSON values."""
+        return dataclasses.asdict(self) | {"bit_widths": list(self.bit_widths)}
+
+
+def _require(name: str, holds: bool, expected: str, config: Config) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}")

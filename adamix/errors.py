@@ -1,0 +1,37 @@
+"""One named error a fault; every message is one sentence with what was expected and what came."""
+
+
+class AdamixError(ValueError):
+    """The base of all errors that a user's input can cause."""
+
+
+class CheckpointError(AdamixError):
+    """A checkpoint that cannot be read: missing, truncated, or not safetensors."""
+
+
+class MismatchError(AdamixError):
+    """Two checkpoints that are not a base and its fine-tune: architecture, shapes, vocabulary."""
+
+
+class NonFiniteError(AdamixError):
+    """NaN or Inf in weights or activations."""
+
+
+class BudgetError(AdamixError):
+    """A size that cannot be reached: it does not pay for one component, or for the exact tensors."""
+
+
+class CalibrationError(AdamixError):
+    """A calibration source that gives no usable tokens."""
+
+
+class DeltaFileError(AdamixError):
+    """A delta folder that is truncated, foreign, or of another format version."""
+
+
+class FingerprintError(AdamixError):
+    """A base that is not the one the delta was made from."""
+
+
+class OutputError(AdamixError):
+    """An output folder that exists, or cannot be written."""

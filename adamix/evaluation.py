@@ -1,0 +1,361 @@
+"""evaluate: what the base, the fine-tune and the compressed fine-tune score on the same texts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from adamix.errors import AdamixError, CalibrationError, CheckpointError
+from adamix.merging import restored_model
+from adamix.progress import Progress, Silent
+from adamix.source.checkpoints import Checkpoint
+from adamix.storage.file import read_manifest
+
+CONTEXT = 1024  # tokens a window at most
+LOGITS_AT_ONCE = 2**27  # numbers of one forward pass: 0.5 GiB in fp32, for a vocabulary of any size
+SOFTMAX_AT_ONCE = 2**23  # numbers whose log-softmax is held in fp64: 64 MiB
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with its one right answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scores; None where there was nothing to measure it on."""
+
+    perplexity: float | None = None  # on the text
+    kl_text: float | None = None  # mean KL(fine-tune ‖ model) a token in nats, on the text
+    kl_prompts: float | None = None  # the same on prompt + answer
+    correct: int | None = None  # answers that agree exactly
+    accuracy: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores side by side; None for a model that was not given."""
+
+    base: Scores | None
+    finetuned: Scores | None
+    compressed: Scores | None
+    prompts: int
+    text_tokens: int  # scored
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids of one forward pass; the predictions of the ids from `first` on count."""
+
+    ids: Tensor  # [length] int64
+    first: int  # >= 1
+
+
+def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
+             delta: str | Path | None = None, *, text: str | Path | None = None,
+             prompts: str | Path | Sequence[Prompt] | None = None, limit: int | None = None,
+             max_new_tokens: int = 32, batch_size: int = 16, context: int = CONTEXT,
+             progress: Progress | None = None) -> Evaluation:
+    """Score up to three models, all in fp32.
+
+    At most two models are in memory at a time: KL needs the fine-tune's distribution beside the
+    other's, and for a vocabulary of 150 000 storing it would take 0.6 MB a token.
+
+    Args:
+        base, finetuned: checkpoints; None leaves the model out (a delta needs its base, and
+            without the fine-tune there is no KL).
+        delta: a delta folder; its model is restored as base + Δ̂.
+        prompts: a `.jsonl` file of {"prompt", "answer"}, or `Prompt`s: greedy generation, the
+            answer must agree exactly but for white space at its ends.
+        text: a text file.
+        limit: how many prompts at most.
+        max_new_tokens: of an answer.
+        batch_size: prompts generated together.
+        context: tokens a window of the text at most; windows overlap by half, and each begins
+            with the tokenizer's begin token where it sets one.
+        progress: told about the stages.
+
+    Raises:
+        AdamixError: a model or a file cannot be read.
+    """
+    given = [("base", base), ("fine-tune", finetuned), ("compressed", delta)]
+    if all(path is None for _, path in given) or (delta is not None and base is None):
+        raise AdamixError("nothing to evaluate: give a base, a fine-tune, or a base and a delta")
+    for path in (base, finetuned):  # faults now, not after the first model's hour
+        if path is not None:
+            Checkpoint(path)
+    if delta is not None:
+        read_manifest(Path(delta))
+    tokenizer = load_tokenizer([path for path in (finetuned, delta, base) if path is not None])
+    asked = _read_prompts(prompts, limit)
+    documents = [_document(tokenizer, prompt) for prompt in asked]
+    run = _Run(tokenizer, asked, documents, _text_ids(tokenizer, text), max_new_tokens, batch_size,
+               context, progress or Silent())
+    reference = None if finetuned is None else load_model(finetuned)
+    scores: dict[str, Scores | None] = dict.fromkeys(("base", "fine-tune", "compressed"))
+    if reference is not None:
+        scores["fine-tune"] = run.scores("fine-tune", reference, None)
+    for name, path in (("base", base), ("compressed", delta)):
+        if path is None:
+            continue
+        model = load_model(path) if name == "base" else restored_model(str(base), path)
+        scores[name] = run.scores(name, model, reference)
+        del model
+        gc.collect()
+    scored = 0 if run.text_ids is None else len(run.text_ids) - 1
+    return Evaluation(scores["base"], scores["fine-tune"], scores["compressed"], len(asked), scored)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The texts and settings that every model is scored on."""
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    documents: list[Window]
+    text_ids: Tensor | None
+    max_new_tokens: int
+    batch_size: int
+    context: int
+    progress: Progress
+
+    def scores(self, name: str, model: transformers.PreTrainedModel,
+               reference: transformers.PreTrainedModel | None) -> Scores:
+        """Everything that can be measured on one model."""
+        start = time.perf_counter()
+        perplexity = kl_text = kl_prompts = correct = None
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if self.text_ids is not None and _knows(model, [self.text_ids]):
+            length = min(self.context, limit or self.context)
+            windows = list(sliding_windows(self.text_ids, length, self.tokenizer.bos_token_id))
+            self.progress.stage(f"{name}: text", len(windows))
+            loss, kl_text = score_windows(model, windows, reference, self.progress)
+            perplexity = math.exp(min(loss, 700.0))
+        known = _knows(model, [document.ids for document in self.documents])
+        if self.documents and reference is not None and known:
+            self.progress.stage(f"{name}: prompts with answers", len(self.documents))
+            documents = [Window(document.ids[:limit], 1) for document in self.documents]
+            _, kl_prompts = score_windows(model, documents, reference, self.progress)
+        if self.prompts and known:
+            self.progress.stage(f"{name}: answering", len(self.prompts))
+            correct = self._correct(model)
+        accuracy = None if correct is None else correct / len(self.prompts)
+        return Scores(perplexity, kl_text, kl_prompts, correct, accuracy,
+                      time.perf_counter() - start)
+
+    def _correct(self, model: transformers.PreTrainedModel) -> int:
+        correct = 0
+        for first in range(0, len(self.prompts), self.batch_size):
+            batch = self.prompts[first : first + self.batch_size]
+            answers = answer(model, self.tokenizer, [prompt.prompt for prompt in batch],
+                             max_new_tokens=self.max_new_tokens)
+            correct += sum(got.strip() == prompt.answer.strip()
+                           for got, prompt in zip(answers, batch, strict=True))
+            self.progress.advance(len(batch))
+        return correct
+
+
+def sliding_windows(ids: Tensor, length: int, begin: int | None = None) -> Iterator[Window]:
+    """Windows of `length` tokens that overlap by half; every token but the first counts once, with
+    at least half a window before it (from the second window on). Where the ids begin with the
+    token `begin`, every window does: without it such models predict far worse than they can."""
+    lead = ids[:1] if begin is not None and ids[0] == begin else ids[:0]
+    body, room = ids[len(lead) :], length - len(lead)
+    scored = 1 - len(lead)
+    for start in range(0, len(body), max(room // 2, 1)):
+        end = min(start + room, len(body))
+        if end > scored:
+            yield Window(torch.cat([lead, body[start:end]]), len(lead) + scored - start)
+            scored = end
+
+
+@torch.inference_mode()
+def score_windows(model: transformers.PreTrainedModel, windows: Sequence[Window],
+                  reference: transformers.PreTrainedModel | None = None,
+                  progress: Progress | None = None) -> tuple[float, float | None]:
+    """Mean cross-entropy, and mean KL(reference ‖ model) over the vocabulary that both have.
+
+    Args:
+        model: in eval mode.
+        windows: any lengths >= 2.
+        reference: None for no KL.
+
+    Returns:
+        Both in nats a scored token; the second None without a reference.
+    """
+    loss = divergence = 0.0
+    tokens = 0
+    for batch in _batches(windows, model.config.get_text_config().vocab_size):
+        ids = torch.stack([window.ids for window in batch])
+        logits = model(input_ids=ids, use_cache=False).logits
+        theirs = None if reference is None else reference(input_ids=ids, use_cache=False).logits
+        for row, window in enumerate(batch):
+            predicting = slice(window.first - 1, len(window.ids) - 1)
+            other = None if theirs is None else theirs[row, predicting]
+            part = _sums(logits[row, predicting], window.ids[window.first :], other)
+            loss, divergence = loss + part[0], divergence + part[1]
+            tokens += len(window.ids) - window.first
+        if progress is not None:
+            progress.advance(len(batch))
+    tokens = max(tokens, 1)
+    return loss / tokens, None if reference is None else divergence / tokens
+
+
+def _sums(logits: Tensor, targets: Tensor, theirs: Tensor | None) -> tuple[float, float]:
+    """Summed cross-entropy and KL of logits `[tokens, vocabulary]`; fp64, a few rows at a time."""
+    loss = divergence = 0.0
+    rows = max(SOFTMAX_AT_ONCE // logits.shape[1], 1)
+    for first in range(0, len(targets), rows):
+        part = slice(first, first + rows)
+        log_q = logits[part].double().log_softmax(dim=-1)
+        loss -= log_q.gather(1, targets[part, None]).sum().item()
+        if theirs is not None:
+            shared = min(logits.shape[1], theirs.shape[1])
+            log_p = theirs[part, :shared].double().log_softmax(dim=-1)
+            if shared < logits.shape[1]:
+                log_q = logits[part, :shared].double().log_softmax(dim=-1)
+            divergence += (log_p.exp() * (log_p - log_q)).sum().item()
+    return loss, divergence
+
+
+def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
+    """Windows of equal length whose logits fit `LOGITS_AT_ONCE`: no padding, so no masks."""
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: len(window.ids)):
+        most = max(LOGITS_AT_ONCE // (len(window.ids) * vocabulary), 1)
+        if batch and (len(batch[0].ids) != len(window.ids) or len(batch) >= most):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def answer(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
+           prompts: list[str], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+    """What the model writes after each prompt, generated together with padding on the left.
+
+    Greedy at temperature 0, else drawn from torch's global random stream. The model keeps the
+    plain generation config that this sets: `generate` would fill in penalties from its own one.
+    """
+    end = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not all(rows):
+        raise AdamixError("an empty prompt gives no token to go on from")
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad,
+                                           eos_token_id=end or None,
+                                           **({"do_sample": False} | sampling))
+    model.generation_config = config
+    written = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+
+
+def _end_tokens(model: transformers.PreTrainedModel,
+                tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    found = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (tokenizer.eos_token_id, *found) if token is not None})
+
+
+def _knows(model: transformers.PreTrainedModel, texts: list[Tensor]) -> bool:
+    """Whether every id is in the model's vocabulary: a base may lack the fine-tune's tokens."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return all(int(ids.max()) < rows for ids in texts)
+
+
+def load_model(path: str | Path) -> transformers.PreTrainedModel:
+    """A checkpoint's model in fp32 and eval mode.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    folder = Checkpoint(path).folder
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
+    return model.eval()
+
+
+def load_tokenizer(paths: list[str | Path]) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of the first folder that has one.
+
+    Raises:
+        CheckpointError: none has.
+    """
+    for path in paths:
+        folder = Path(path) if Path(path).is_dir() else Checkpoint(path).folder
+        if any((folder / name).exists()
+               for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return transformers.AutoTokenizer.from_pretrained(folder)
+    raise CheckpointError(f"no tokenizer in {' or '.join(map(str, paths))}")
+
+
+def _document(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt) -> Window:
+    ids = tokenizer(prompt.prompt + prompt.answer)["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return Window(torch.tensor(ids), 1)
+
+
+def _text_ids(tokenizer: transformers.PreTrainedTokenizerBase, text: str | Path | None
+              ) -> Tensor | None:
+    if text is None:
+        return None
+    ids = torch.tensor(tokenizer(_read(text))["input_ids"], dtype=torch.long)
+    if len(ids) < 2:
+        raise CalibrationError(f"{text} holds no text")
+    return ids
+
+
+def _read_prompts(source: str | Path | Sequence[Prompt] | None, limit: int | None) -> list[Prompt]:
+    if source is None:
+        return []
+    if not isinstance(source, (str, Path)):
+        return list(source)[:limit]
+    prompts = []
+    for number, line in enumerate(_read(source).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            prompts.append(Prompt(str(record["prompt"]), str(record["answer"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(f'{source}, line {number}: expected JSON with "prompt" and '
+                                   f'"answer": {error}') from error
+    if not prompts:
+        raise CalibrationError(f"{source} holds no prompts")
+    return prompts[:limit]
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"{path} cannot be read as text: {error}") from error

@@ -1,0 +1,48 @@
+"""What the model's own code says of its tensors, from an empty (meta-device) model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from adamix.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of weights by what they are used as."""
+
+    linears: frozenset[str]  # every nn.Linear's weight, the output head's included
+    embedding: str | None  # the input embedding's weight
+    head: str | None  # the output head's weight (`lm_head.weight`), if it has one
+    tied: bool  # the head's weight is the embedding's
+
+
+def describe(folder: Path) -> Architecture:
+    """Build the model of `folder/config.json` without weights and read off its layers.
+
+    Raises:
+        CheckpointError: transformers knows no causal language model of this config.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: transformers cannot build this model: {reason}") from error
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linears, embedding_name, head_name = set(), None, None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears.add(f"{name}.weight")
+        if module is embedding:
+            embedding_name = f"{name}.weight"
+        if module is head:
+            head_name = f"{name}.weight"
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return Architecture(frozenset(linears), embedding_name, head_name, tied and head is not None)

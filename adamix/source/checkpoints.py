@@ -1,0 +1,167 @@
+"""Hugging Face checkpoints on disk, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from adamix.errors import CheckpointError, FingerprintError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+          "tokenizer.model", "chat_template.jinja", "chat_template.json",
+          "preprocessor_config.json")
+SAMPLE_BYTES = 64 * 1024
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights, single or sharded.
+
+    Args:
+        source: a local folder, or the name of a model on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: it is missing, incomplete, truncated, or holds no safetensors.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.folder = _locate(self.source)
+        self._file_of = self._index()
+
+    @cached_property
+    def config(self) -> dict[str, object]:
+        """`config.json`."""
+        try:
+            return json.loads((self.folder / "config.json").read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.source} has no config.json") from None
+        except ValueError as error:
+            raise CheckpointError(f"{self.source}/config.json is not JSON: {error}") from error
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tensors, sorted."""
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name: (shape, dtype)} without reading any tensor."""
+        headers = {}
+        for file in sorted(set(self._file_of.values())):
+            with self._open(file) as reader:
+                for name in reader.keys():  # noqa: SIM118 (not a dict)
+                    part = reader.get_slice(name)
+                    dtype = DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(f"{self.source}: {name} is {part.get_dtype()}, "
+                                              f"expected one of {', '.join(DTYPES)}")
+                    headers[name] = (tuple(part.get_shape()), dtype)
+        missing = self._file_of.keys() - headers.keys()
+        if missing:
+            raise CheckpointError(f"{self.source}: {min(missing)} is in the index and in no shard")
+        return headers
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        with self._open(self._file_of[name]) as reader:
+            return reader.get_tensor(name)
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.source} lacks its shard {file}") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.source}/{file} is damaged or truncated: {error}") from error
+
+    def _index(self) -> dict[str, str]:
+        if (self.folder / INDEX_FILE).exists():
+            try:
+                return dict(json.loads((self.folder / INDEX_FILE).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.source}/{INDEX_FILE} has no weight_map") from error
+        if not (self.folder / SINGLE_FILE).exists():
+            raise CheckpointError(
+                f"{self.source} has neither {SINGLE_FILE} nor {INDEX_FILE}: only safetensors are "
+                f"read (save_pretrained writes them)")
+        with self._open(SINGLE_FILE) as reader:
+            return dict.fromkeys(reader.keys(), SINGLE_FILE)
+
+
+def _locate(source: str) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise CheckpointError(f"{source} is no folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt",
+                                                              "*.model", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source} is no folder, and the Hugging Face Hub has no such model: {reason}"
+        ) from error
+
+
+class Fingerprint:
+    """Identifies a base by its tensors: names, shapes, dtypes and contents, in name order.
+
+    `sha256` covers every byte; `sampled` covers 64 KiB a tensor at fixed offsets (16 blocks of
+    4 KiB, evenly spread), which is enough to tell one model from another when it is loaded.
+    """
+
+    def __init__(self) -> None:
+        self._full, self._sampled = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in the next tensor; call in name order."""
+        label = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        self._full.update(label)
+        self._full.update(data)
+        self._sampled.update(label)
+        for block in _sampled_blocks(len(data)):
+            self._sampled.update(data[block])
+
+    def result(self) -> dict[str, str]:
+        """{"sha256": ..., "sampled": ...}, hexadecimal."""
+        return {"sha256": self._full.hexdigest(), "sampled": self._sampled.hexdigest()}
+
+
+def _sampled_blocks(length: int, blocks: int = 16) -> Iterator[slice]:
+    size = SAMPLE_BYTES // blocks
+    if length <= SAMPLE_BYTES:
+        yield slice(0, length)
+        return
+    for k in range(blocks):
+        start = (length - size) * k // (blocks - 1)
+        yield slice(start, start + size)
+
+
+def check_fingerprint(found: dict[str, str], expected: dict[str, str], base: str) -> None:
+    """Raise FingerprintError where a base is not the one a delta was made from."""
+    if found["sha256"] != expected["sha256"]:
+        raise FingerprintError(
+            f"{base} is not the base of this delta: its tensors hash to {found['sha256'][:16]}…, "
+            f"the delta was made from {expected['sha256'][:16]}…")

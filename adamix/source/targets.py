@@ -1,0 +1,179 @@
+"""Two checkpoints -> what becomes of each tensor: one table (the order of the rows decides).
+
+    tensor                                               treatment
+    ---------------------------------------------------  -----------------------------------------
+    the head of a model that ties it to its embedding    TIED: the embedding's
+    equal to the base                                    EQUAL: nothing stored
+    weight of an nn.Linear, the output head included     LINEAR: compressed
+    input embedding                                      EMBEDDING: compressed, rows by frequency
+    norms, biases, anything else                         WHOLE: the fine-tune's own values
+
+A vocabulary that grew: the shared rows as above, the rows beyond them whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from adamix.artifacts import WeightPair
+from adamix.errors import MismatchError, NonFiniteError
+from adamix.source.architecture import Architecture
+from adamix.source.checkpoints import Checkpoint, Fingerprint
+
+SMALL = 32  # a matrix with a side below this is kept whole: its scales would outweigh its codes
+
+
+class Treatment(Enum):
+    TIED = "tied"
+    EQUAL = "equal"
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the fine-tune and what becomes of it."""
+
+    name: str
+    treatment: Treatment
+    shape: tuple[int, ...]  # of the part that both checkpoints have
+    dtype: torch.dtype
+    extra_rows: int = 0  # rows beyond the base's vocabulary
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The outcome of reading both checkpoints once."""
+
+    targets: list[Target]
+    fingerprint: dict[str, str]
+    absent: list[str]  # tensors of the base that the fine-tune lacks
+
+    def of(self, *treatments: Treatment) -> list[Target]:
+        """The targets with one of these treatments."""
+        return [target for target in self.targets if target.treatment in treatments]
+
+
+def check_pair(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture) -> None:
+    """Refuse two checkpoints that are not a base and its fine-tune; reads headers only.
+
+    Raises:
+        MismatchError: architecture, shapes, dtypes or vocabularies disagree.
+    """
+    for key in ("model_type", "architectures"):
+        ours, theirs = base.config.get(key), finetuned.config.get(key)
+        if ours != theirs:
+            raise MismatchError(f"base and fine-tune differ in {key}: {ours} and {theirs}")
+    vocabulary = {architecture.embedding, architecture.head}
+    for name, (shape, dtype) in finetuned.headers.items():
+        if name not in base:
+            continue
+        base_shape, base_dtype = base.headers[name]
+        if base_dtype.is_floating_point != dtype.is_floating_point:
+            raise MismatchError(f"{name} is {base_dtype} in the base and {dtype} in the fine-tune")
+        grown = name in vocabulary and shape[1:] == base_shape[1:] and shape[0] > base_shape[0]
+        if shape != base_shape and not grown:
+            raise MismatchError(f"{name} is {list(base_shape)} in the base and {list(shape)} in the "
+                                f"fine-tune: shapes must agree (a vocabulary may only grow)")
+    if not any(name in base for name in finetuned.names):
+        raise MismatchError(f"no tensor of {finetuned.source} has a name of {base.source}")
+    missing = [name for name in sorted(architecture.linears) if name not in finetuned
+               and not (name == architecture.head and architecture.tied)]
+    if missing:
+        raise MismatchError(f"the fine-tune's config asks for {missing[0]}, which its checkpoint lacks")
+    _check_vocabularies(base, finetuned)
+
+
+def _check_vocabularies(base: Checkpoint, finetuned: Checkpoint) -> None:
+    ours, theirs = _vocabulary(base), _vocabulary(finetuned)
+    for token, number in ours.items():
+        if token in theirs and theirs[token] != number:
+            raise MismatchError(f"the vocabularies differ: token {token!r} is {number} in the base and "
+                                f"{theirs[token]} in the fine-tune")
+    if ours and theirs and not ours.keys() & theirs.keys():
+        raise MismatchError("the vocabularies differ: they share no token")
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """{token: id} of `tokenizer.json`, empty where there is none or it lists no such thing."""
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.exists():
+        return {}
+    try:
+        vocabulary = json.loads(path.read_text())["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MismatchError(f"{path} is no tokenizer file: {error}") from error
+    return vocabulary if isinstance(vocabulary, dict) else {}
+
+
+def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> WeightPair:
+    """Both sides of a target, the fine-tune's without the rows that the base lacks."""
+    rows = target.shape[0] if target.shape else None
+    tensor = finetuned.read(target.name)
+    return WeightPair(target.name, base.read(target.name),
+                      tensor[:rows] if target.extra_rows else tensor)
+
+
+def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
+           compress_embeddings: bool = True,
+           on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
+    """Read every tensor of both once: compare, look for NaN and Inf, hash the base, decide.
+
+    Args:
+        compress_embeddings: False keeps the embedding and the head whole.
+        on_tensor: called with each name before it is read.
+
+    Raises:
+        NonFiniteError: a weight is NaN or Inf.
+    """
+    fingerprint, targets = Fingerprint(), []
+    for name in sorted({*base.names, *finetuned.names}):
+        on_tensor(name)
+        base_tensor = base.read(name) if name in base else None
+        if base_tensor is not None:
+            fingerprint.add(name, base_tensor)
+        if name in finetuned:
+            tensor = finetuned.read(name)
+            for side, values in (("base", base_tensor), ("fine-tune", tensor)):
+                _check_finite(name, side, values)
+            targets.append(_decide(name, base_tensor, tensor, architecture, compress_embeddings))
+    absent = [name for name in base.names if name not in finetuned]
+    return Survey(targets, fingerprint.result(), absent)
+
+
+def _check_finite(name: str, side: str, values: Tensor | None) -> None:
+    if values is not None and values.is_floating_point() and not torch.isfinite(values).all():
+        raise NonFiniteError(f"{name} of the {side} holds NaN or Inf")
+
+
+def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
+            compress_embeddings: bool) -> Target:
+    shape = tuple(tensor.shape)
+    is_vocabulary = name in (architecture.embedding, architecture.head)
+    if architecture.tied and name == architecture.head:
+        return Target(name, Treatment.TIED, shape, tensor.dtype)
+    if base is None:
+        return Target(name, Treatment.WHOLE, shape, tensor.dtype)
+    extra_rows = shape[0] - base.shape[0] if shape else 0
+    shape = tuple(base.shape)
+    shared = tensor[: shape[0]] if extra_rows else tensor
+    if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
+        treatment = Treatment.EQUAL
+    elif (is_vocabulary and not compress_embeddings) or len(shape) != 2 or min(shape) < SMALL:
+        treatment = Treatment.WHOLE
+    elif name in architecture.linears:
+        treatment = Treatment.LINEAR
+    elif name == architecture.embedding:
+        treatment = Treatment.EMBEDDING
+    else:
+        treatment = Treatment.WHOLE
+    if treatment is Treatment.WHOLE:
+        return Target(name, treatment, tuple(tensor.shape), tensor.dtype)
+    return Target(name, treatment, shape, tensor.dtype, extra_rows)

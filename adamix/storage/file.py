@@ -1,0 +1,253 @@
+"""The delta folder, byte by byte.
+
+    delta.safetensors        int32 words, fp32 scales and int32 counts, stacked by kind of layer, and the
+                             tensors kept whole:
+                               K.words   [words]        matrices of kind K one after the other, each as
+                                                        csrc/layout/packed_layout.h draws it
+                               K.scales  [components]   likewise
+                               K.counts  [matrices, 8]  components at 8, 7, .., 1 bits
+                               whole:K   [tensors, ...] tensors of one kind, shape and dtype
+                               rows:N    [rows, hidden] rows that the base's vocabulary N lacks
+    delta_config.json        what it is: versions, base and its fingerprint, config, calibration, and
+                             what became of each tensor; K is a name with its numbers as "*", which
+                             stand beside it as "0-27"
+    compression_log.csv      a row a matrix (not needed to load)
+    spectra.safetensors      singular values and simulated errors (not needed to load)
+    calibration.safetensors  the token ids that calibrated (not needed to load)
+    config.json, tokenizer.* copies of the fine-tune's
+
+Above 5 GB `delta.safetensors` is split into `delta-00001-of-0000N.safetensors` with
+`delta.safetensors.index.json`, as Hugging Face checkpoints are. A folder is written under a temporary
+name and renamed, so one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adamix import ops
+from adamix.artifacts import Manifest, ModelDelta, PackedDelta
+from adamix.errors import DeltaFileError, OutputError
+from adamix.naming import group_by_kind, read_indices
+
+FORMAT = "adamix"
+FORMAT_VERSION = 1
+DELTA_FILE = "delta.safetensors"
+INDEX_FILE = "delta.safetensors.index.json"
+CONFIG_FILE = "delta_config.json"
+SHARD_BYTES = 5 * 10**9
+METADATA = {"format": FORMAT, "version": str(FORMAT_VERSION)}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block ends well, else vanishes.
+
+    Raises:
+        OutputError: `out` exists, cannot be made, or the disk is full.
+    """
+    refuse_existing(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        if _is_disk_full(error):
+            raise OutputError(f"the disk of {out.parent} is full: nothing was written") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise OutputError where `out` exists; called before any long work."""
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists: choose another output folder or remove it")
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    code = getattr(error, "errno", None)
+    return code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def delta_tensors(delta: ModelDelta) -> dict[str, Tensor]:
+    """The tensors of `delta.safetensors`, by name."""
+    tensors: dict[str, Tensor] = {}
+    shapes = {name: packed.shape for name, packed in delta.matrices.items()}
+    for kind, names in group_by_kind(shapes).items():
+        packed = [delta.matrices[name] for name in names]
+        tensors[f"{kind}.words"] = torch.cat([p.words for p in packed])
+        tensors[f"{kind}.scales"] = torch.cat([p.scales for p in packed])
+        tensors[f"{kind}.counts"] = torch.tensor([p.counts for p in packed], dtype=torch.int32)
+    traits = {name: (tensor.shape, tensor.dtype) for name, tensor in delta.whole.items()}
+    for kind, names in group_by_kind(traits).items():
+        tensors[f"whole:{kind}"] = torch.stack([delta.whole[name] for name in names])
+    for name, rows in delta.extra_rows.items():
+        tensors[f"rows:{name}"] = rows.contiguous()
+    return tensors
+
+
+def header_bytes(shapes: dict[str, tuple[int, ...]], data_bytes: int) -> int:
+    """An upper bound of a safetensors header for tensors of these shapes, `data_bytes` in all."""
+    last = 10 ** len(str(data_bytes)) - 1
+    header: dict[str, object] = {"__metadata__": METADATA}
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16_", "shape": shape, "data_offsets": [last, last]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return 8 + -(-len(text.encode()) // 8) * 8
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """`delta_config.json`, to the byte."""
+    body = {"format": FORMAT, "format_version": FORMAT_VERSION,
+            "layout_version": ops.LAYOUT_VERSION} | manifest.to_dict()
+    return _outline(body) + "\n"
+
+
+def _outline(body: dict[str, object], depth: int = 0) -> str:
+    """JSON with one line an entry, lists kept on their line."""
+    indent = " " * (depth + 1)
+    lines = []
+    for key, value in body.items():
+        nested = isinstance(value, dict) and value and depth < 1
+        text = _outline(value, depth + 1) if nested else json.dumps(value, ensure_ascii=False)
+        lines.append(f"{indent}{json.dumps(key, ensure_ascii=False)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
+
+
+def write_delta(delta: ModelDelta, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write `delta.safetensors` (or its shards) and `delta_config.json`; the bytes written."""
+    tensors = delta_tensors(delta)
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="delta{suffix}.safetensors", max_shard_size=shard_bytes)
+    for filename, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / filename, metadata=METADATA)
+        os.chmod(folder / filename, 0o644)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    (folder / CONFIG_FILE).write_text(manifest_text(delta.manifest))
+    return delta_bytes(folder)
+
+
+def delta_bytes(folder: Path) -> int:
+    """Bytes on disk of all that loading needs."""
+    return sum(path.stat().st_size for path in folder.iterdir()
+               if path.name == CONFIG_FILE or path.name == INDEX_FILE
+               or (path.name.startswith("delta") and path.suffix == ".safetensors"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `delta_config.json`.
+
+    Raises:
+        DeltaFileError: there is none, or it is not ours, or of another version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        body = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DeltaFileError(f"{folder} is no delta: it has no {CONFIG_FILE}") from None
+    except (OSError, ValueError) as error:
+        raise DeltaFileError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise DeltaFileError(f"{path} is not an adamix delta: its format is "
+                             f"{body.get('format') if isinstance(body, dict) else body!r}")
+    for key, ours in (("format_version", FORMAT_VERSION), ("layout_version", ops.LAYOUT_VERSION)):
+        if body.get(key) != ours:
+            raise DeltaFileError(f"{path} has {key} {body.get(key)}, this adamix reads {ours}: "
+                                 f"compress again or install the matching adamix")
+    try:
+        return Manifest.from_dict(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeltaFileError(f"{path} is incomplete: {error}") from error
+
+
+def read_delta(folder: Path) -> ModelDelta:
+    """Read a delta folder.
+
+    Raises:
+        DeltaFileError: it is truncated, foreign, of another version, or its parts disagree.
+    """
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder)
+    try:
+        matrices = _read_matrices(manifest, tensors)
+        whole = {}
+        for kind, indices in manifest.whole.items():
+            stacked = tensors.pop(f"whole:{kind}")
+            names = read_indices(kind, indices)
+            whole.update(zip(names, stacked.unbind(), strict=True))
+        extra_rows = {name: tensors.pop(f"rows:{name}") for name in manifest.extra_rows}
+    except KeyError as error:
+        raise DeltaFileError(f"{folder / DELTA_FILE} lacks the tensor {error}") from error
+    except ValueError as error:
+        raise DeltaFileError(f"{folder / DELTA_FILE} does not fit its config: {error}") from error
+    if tensors:
+        raise DeltaFileError(f"{folder / DELTA_FILE} holds a tensor that {CONFIG_FILE} does not "
+                             f"name: {next(iter(tensors))}")
+    return ModelDelta(matrices, whole, extra_rows, manifest)
+
+
+def _read_matrices(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, PackedDelta]:
+    matrices = {}
+    for kind, (out_features, in_features, indices) in manifest.compressed.items():
+        words, scales = tensors.pop(f"{kind}.words"), tensors.pop(f"{kind}.scales")
+        counts = tensors.pop(f"{kind}.counts")
+        if words.dtype != torch.int32 or scales.dtype != torch.float32:
+            raise ValueError(f"{kind} must be int32 words and fp32 scales, "
+                             f"got {words.dtype} and {scales.dtype}")
+        first_word = first_scale = 0
+        for name, row in zip(read_indices(kind, indices), counts.tolist(), strict=True):
+            if len(row) != ops.MAX_BITS or min(row) < 0:
+                raise ValueError(f"{name} has component counts {row}")
+            length = ops.v_words(in_features, row) + ops.u_words(out_features, row)
+            matrices[name] = PackedDelta(
+                words[first_word : first_word + length], scales[first_scale : first_scale + sum(row)],
+                tuple(row), (out_features, in_features))
+            first_word, first_scale = first_word + length, first_scale + sum(row)
+        if first_word != words.numel() or first_scale != scales.numel():
+            raise ValueError(f"{kind} has {words.numel()} words and {scales.numel()} scales where its "
+                             f"counts ask for {first_word} and {first_scale}")
+    return matrices
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    files = [folder / DELTA_FILE]
+    try:
+        if (folder / INDEX_FILE).exists():
+            index = json.loads((folder / INDEX_FILE).read_text())
+            files = sorted({folder / name for name in index["weight_map"].values()})
+        tensors = {}
+        for file in files:
+            with safe_open(file, framework="pt") as reader:
+                if (reader.metadata() or {}).get("format") != FORMAT:
+                    raise DeltaFileError(f"{file} was not written by adamix: its metadata say "
+                                         f"{reader.metadata()}")
+                tensors.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DeltaFileError(f"{folder} is no whole delta: {Path(error.filename or '').name or error} "
+                             "is missing") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        if isinstance(error, DeltaFileError):
+            raise
+        raise DeltaFileError(f"{files[0]} is damaged or truncated: {error}") from error
+    return tensors

@@ -1,0 +1,112 @@
+"""What a compression leaves beside its delta: a row a matrix, and what the plans were chosen from."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adamix.artifacts import PackedDelta
+from adamix.errors import DeltaFileError
+from adamix.naming import kind_of
+
+LOG_FILE = "compression_log.csv"
+SPECTRA_FILE = "spectra.safetensors"
+TOKENS_FILE = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """A row of compression_log.csv."""
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    rank: int
+    bits_8: int  # components at 8 bits, and so on
+    bits_7: int
+    bits_6: int
+    bits_5: int
+    bits_4: int
+    bits_3: int
+    bits_2: int
+    bits_1: int
+    bytes: int
+    bits_per_weight: float
+    relative_error: float  # of the output, on the calibration inputs
+    seconds: float
+
+    @classmethod
+    def of(cls, name: str, packed: PackedDelta, error: float, seconds: float) -> MatrixRow:
+        """The row of one matrix."""
+        return cls(name, kind_of(name), *packed.shape, packed.rank, *packed.counts, packed.nbytes,
+                   packed.bits_per_weight, error, seconds)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Components at 8, 7, .., 1 bits."""
+        return (self.bits_8, self.bits_7, self.bits_6, self.bits_5, self.bits_4, self.bits_3,
+                self.bits_2, self.bits_1)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What one matrix's plan was chosen from."""
+
+    singular_values: Tensor  # [candidates]
+    errors: Tensor  # [candidates, widths + 1]; the last column is 0 bits
+    widths: tuple[int, ...]
+
+
+def write_log(folder: Path, rows: list[MatrixRow]) -> None:
+    """Write compression_log.csv."""
+    with (folder / LOG_FILE).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(MatrixRow)])
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row)]
+                         for row in rows)
+
+
+def read_log(folder: Path) -> list[MatrixRow]:
+    """Read compression_log.csv.
+
+    Raises:
+        DeltaFileError: it is missing or not ours.
+    """
+    kinds = {"str": str, "int": int, "float": float}
+    try:
+        with (folder / LOG_FILE).open(newline="") as file:
+            return [MatrixRow(**{f.name: kinds[str(f.type)](record[f.name]) for f in fields(MatrixRow)})
+                    for record in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DeltaFileError(f"{folder / LOG_FILE} cannot be read: {error}") from error
+
+
+def write_spectra(folder: Path, spectra: dict[str, Spectrum]) -> None:
+    """Write spectra.safetensors, fp32."""
+    tensors: dict[str, Tensor] = {}
+    for name, spectrum in spectra.items():
+        tensors[f"{name}.singular_values"] = spectrum.singular_values.float().contiguous()
+        tensors[f"{name}.errors"] = spectrum.errors.float().contiguous()
+        tensors[f"{name}.widths"] = torch.tensor(spectrum.widths, dtype=torch.int32)
+    save_file(tensors, folder / SPECTRA_FILE)
+
+
+def read_spectra(folder: Path) -> dict[str, Spectrum]:
+    """Read spectra.safetensors; empty where there is none."""
+    if not (folder / SPECTRA_FILE).exists():
+        return {}
+    tensors = load_file(folder / SPECTRA_FILE)
+    names = [key.removesuffix(".widths") for key in tensors if key.endswith(".widths")]
+    return {name: Spectrum(tensors[f"{name}.singular_values"], tensors[f"{name}.errors"],
+                           tuple(tensors[f"{name}.widths"].tolist())) for name in names}
+
+
+def write_tokens(folder: Path, tokens: Tensor) -> None:
+    """Write the token ids that calibrated, int32 `[sequences, length]`."""
+    save_file({"input_ids": tokens.to(torch.int32).contiguous()}, folder / TOKENS_FILE)

@@ -1,0 +1,426 @@
+"""Train the pair of small models in ``examples/``: a base and a full fine-tune of it.
+
+The base is a language model trained from scratch on generated prose. The fine-tune starts from
+the base's saved bf16 weights, trains every parameter on small tasks (adding, sorting, reversing
+and so on) and solves held-out instances of them, which the base cannot. Both are ordinary Hugging
+Face folders. One GPU does it in a few minutes (``--smoke`` tries the script out on a CPU)::
+
+    python benchmarks/train_example_pair.py --out examples
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from example_tasks import finetuning_documents, held_out_examples, prose, write_held_out
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+CONTEXT = 256
+VOCABULARY = 512
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+MAX_NEW_TOKENS = 32
+EVAL_EXAMPLES = 500
+HELD_OUT_CHARACTERS = 50_000
+REPORTED_NOISE = (0.05, 0.2)
+NOISE_SEEDS = 3
+SHRINK_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one of the two models is trained."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int
+    decay_to_start: float = 0.0
+    """Decoupled weight decay towards the starting weights (0 for none)."""
+    delta_noise: float = 0.0
+    """Energy of the noise on each matrix during a step, relative to its delta's energy."""
+    spectral_decay: float = 0.0
+    """How much every singular value of a matrix's delta shrinks a step, times the learning rate."""
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE which splits digits and puts ``<bos>`` in front."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split_digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A",
+        pair="<bos> $A <bos>:1 $B:1",
+        special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents ``<bos>text<eos>`` packed into one stream, with the place where each begins."""
+
+    stream: Tensor
+    starts: Tensor
+
+    @staticmethod
+    def build(tokenizer: PreTrainedTokenizerFast, texts: list[str], device: str) -> Corpus:
+        """Tokenize and pack ``texts`` in their order."""
+        rows = [coded.ids for coded in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        lengths = torch.tensor([len(row) + 1 for row in rows])
+        stream = torch.tensor([token for row in rows for token in (*row, tokenizer.eos_token_id)])
+        starts = lengths.cumsum(0) - lengths
+        starts = starts[starts + CONTEXT < len(stream)]
+        return Corpus(stream.to(device), starts.to(device))
+
+    def sample(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Rows of ``CONTEXT + 1`` tokens, each from the beginning of a random document."""
+        device = self.stream.device
+        chosen = torch.randint(len(self.starts), (batch,), generator=generator, device=device)
+        window = torch.arange(CONTEXT + 1, device=device)
+        return self.stream[self.starts[chosen][:, None] + window]
+
+
+def new_base(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """Return an untrained model in fp32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        initializer_range=0.03,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def loss_on(model: nn.Module, rows: Tensor) -> Tensor:
+    """Mean cross-entropy of every token of ``rows`` after the first."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+class StartPoint:
+    """The weights a training began with, to pull towards and to scale the noise by."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
+        self.matrices = [i for i, p in enumerate(self.parameters) if p.ndim == 2]
+
+    @torch.no_grad()
+    def pull(self, share: float) -> None:
+        """Move every parameter by ``share`` of its way back to where it began."""
+        torch._foreach_lerp_(self.parameters, self.start, share)
+
+    @torch.no_grad()
+    def shrink_spectra(self, threshold: float) -> None:
+        """Lower every singular value of every matrix's delta by ``threshold``, to zero at most.
+
+        The proximal step of the nuclear norm: what a step pushes only a little, in directions that
+        the tasks do not ask for, goes back to the base, and the delta's spectrum stays decaying.
+        """
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i in self.matrices:
+            by_shape.setdefault(self.parameters[i].shape, []).append(i)
+        for members in by_shape.values():
+            deltas = torch.stack([self.parameters[i] - self.start[i] for i in members]).double()
+            tall = deltas if deltas.shape[1] >= deltas.shape[2] else deltas.mT
+            energies, right = torch.linalg.eigh(tall.mT @ tall)
+            values = energies.clamp_min(1e-30).sqrt()
+            kept = (1 - threshold / values).clamp_min(0.0)
+            tall = tall @ ((right * kept[:, None, :]) @ right.mT)
+            shrunk = tall if deltas.shape[1] >= deltas.shape[2] else tall.mT
+            for i, delta in zip(members, shrunk, strict=True):
+                self.parameters[i].copy_(self.start[i] + delta)
+
+    @contextmanager
+    def noise(self, energy: float) -> Iterator[None]:
+        """Within the block, add Gaussian noise of ``energy`` times the delta's to each matrix."""
+        if not energy:
+            yield
+            return
+        matrices = [self.parameters[i].data for i in self.matrices]
+        clean = [matrix.clone() for matrix in matrices]
+        deltas = torch._foreach_sub(matrices, [self.start[i] for i in self.matrices])
+        for matrix, norm in zip(matrices, torch._foreach_norm(deltas), strict=True):
+            scale = norm * math.sqrt(energy / matrix.numel())
+            matrix.add_(torch.randn_like(matrix) * scale)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(matrices, clean)
+
+
+def learning_rate_at(step: int, schedule: Schedule) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < schedule.warmup:
+        return schedule.learning_rate * (step + 1) / schedule.warmup
+    progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(model: LlamaForCausalLM, corpus: Corpus, schedule: Schedule, seed: int) -> None:
+    """Train every parameter of ``model`` in place on ``corpus``."""
+    device = corpus.stream.device
+    on_gpu = device.type == "cuda"
+    model.to(device).train()
+    start = StartPoint(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.0,
+        fused=on_gpu,
+    )  # fmt: skip
+    step_loss = torch.compile(loss_on) if on_gpu else loss_on
+    began = time.perf_counter()
+    for step in range(schedule.steps):
+        rate = learning_rate_at(step, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = corpus.sample(schedule.batch, generator)
+        with start.noise(schedule.delta_noise):
+            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                loss = step_loss(model, rows)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule.decay_to_start:
+            start.pull(rate * schedule.decay_to_start)
+        if schedule.spectral_decay and step % SHRINK_EVERY == SHRINK_EVERY - 1:
+            start.shrink_spectra(SHRINK_EVERY * rate * schedule.spectral_decay)
+        if step % 500 == 0 or step == schedule.steps - 1:
+            seconds = time.perf_counter() - began
+            print(f"  step {step:5d}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write ``model`` in bf16 with its tokenizer as a Hugging Face folder."""
+    model.to("cpu", torch.bfloat16).eval()
+    model.config.dtype = torch.bfloat16
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Name the class that every version of transformers knows; forget where it was loaded from.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {key: config[key] for key in config if key not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """Load a saved model in fp32 on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def read_examples(path: Path) -> list[tuple[str, str]]:
+    """The prompts and answers of an ``eval.jsonl``."""
+    lines = (json.loads(line) for line in path.read_text().splitlines())
+    return [(line["prompt"], line["answer"]) for line in lines]
+
+
+@torch.no_grad()
+def solved(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]
+) -> list[bool]:
+    """Which answers a greedy generation hits exactly."""
+    hits = []
+    for begin in range(0, len(pairs), 125):
+        chunk = pairs[begin : begin + 125]
+        inputs = tokenizer([p for p, _ in chunk], return_tensors="pt", padding=True)
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+        )
+        generated = output[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        hits += [text.strip() == answer for text, (_, answer) in zip(texts, chunk, strict=True)]
+    return hits
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, path: Path) -> float:
+    """Perplexity per token of the blank-line separated documents of a text file."""
+    total, tokens = 0.0, 0
+    for document in path.read_text().split("\n\n"):
+        ids = tokenizer(document.strip(), return_tensors="pt", truncation=True)["input_ids"]
+        count = ids.shape[1] - 1
+        total += loss_on(model, ids).item() * count
+        tokens += count
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def add_delta_noise(model: LlamaForCausalLM, base: LlamaForCausalLM, energy: float) -> None:
+    """Add Gaussian noise of exactly ``energy`` times the delta's energy to each matrix."""
+    for weight, start in zip(model.parameters(), base.parameters(), strict=True):
+        if weight.ndim == 2:
+            noise = torch.randn_like(weight)
+            weight += noise * ((weight - start).norm() * math.sqrt(energy) / noise.norm())
+
+
+def top_energy(model: LlamaForCausalLM, base: LlamaForCausalLM, share: float = 0.1) -> float:
+    """Energy of the deltas' largest ``share`` of singular components, over all matrices."""
+    top, total = 0.0, 0.0
+    for weight, start in zip(model.parameters(), base.parameters(), strict=True):
+        if weight.ndim == 2:
+            energies = torch.linalg.svdvals((weight - start).detach()).square()
+            top += energies[: round(share * len(energies))].sum().item()
+            total += energies.sum().item()
+    return top / total
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all tensors together."""
+    return math.sqrt(sum(tensor.detach().norm().item() ** 2 for tensor in tensors))
+
+
+def report_accuracy(hits: list[bool], tasks: list[str]) -> None:
+    """Print the share of exact matches, overall and for each task."""
+    by_task: dict[str, list[bool]] = {}
+    for task, hit in zip(tasks, hits, strict=True):
+        by_task.setdefault(task, []).append(hit)
+    each = "  ".join(f"{task} {sum(own) / len(own):.1%}" for task, own in by_task.items())
+    print(f"  exact match {sum(hits) / len(hits):.1%}  ({each})")
+
+
+def evaluate(out: Path, seed: int) -> None:
+    """Print what the saved pair can do, how large it is and how much noise it bears."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    base, tuned = load(out / "base"), load(out / "finetuned")
+    pairs = read_examples(out / "eval.jsonl")
+    task_of = {example.prompt: example.task for example in held_out_examples(seed, EVAL_EXAMPLES)}
+    tasks = [task_of.get(prompt, "other") for prompt, _ in pairs]
+    files = [path for name in ("base", "finetuned") for path in (out / name).iterdir()]
+    print(f"{sum(p.numel() for p in base.parameters()):,} parameters in each model")
+    print(f"{sum(path.stat().st_size for path in files):,} bytes in both folders")
+    for name, model in (("base", base), ("finetuned", tuned)):
+        prose_perplexity = perplexity(model, tokenizer, out / "heldout_text.txt")
+        print(f"{name}\n  perplexity of held-out prose {prose_perplexity:.3f} per token")
+        report_accuracy(solved(model, tokenizer, pairs), tasks)
+    matched = list(zip(tuned.parameters(), base.parameters(), strict=True))
+    relative = total_norm(w - b for w, b in matched) / total_norm(base.parameters())
+    print(f"delta\n  {relative:.1%} of the base's norm")
+    print(f"  {top_energy(tuned, base):.1%} of its energy in the top 10% of singular components")
+    for energy in REPORTED_NOISE:
+        scores = []
+        for noise_seed in range(NOISE_SEEDS):
+            torch.manual_seed(noise_seed)
+            noisy = load(out / "finetuned")
+            add_delta_noise(noisy, base, energy)
+            scores += solved(noisy, tokenizer, pairs)
+        print(f"  {sum(scores) / len(scores):.2%} exact match with {energy:.0%} noise in the delta")
+
+
+def make_base(args: argparse.Namespace) -> None:
+    """Train the tokenizer and the base, and write them with the held-out files."""
+    write_held_out(args.out, args.seed, EVAL_EXAMPLES, HELD_OUT_CHARACTERS)
+    texts = list(islice(prose(args.seed, held_out=False), args.documents // 4))
+    tokenizer = train_tokenizer(texts[:20_000])
+    model = new_base(args.seed, tokenizer)
+    schedule = Schedule(args.base_steps, args.batch, learning_rate=2e-3, warmup=100)
+    print(f"base: {args.base_steps} steps", flush=True)
+    train(model, Corpus.build(tokenizer, texts, args.device), schedule, args.seed)
+    save(model, tokenizer, args.out / "base")
+
+
+def make_finetuned(args: argparse.Namespace) -> None:
+    """Fine-tune the saved base and write the result."""
+    tokenizer = AutoTokenizer.from_pretrained(args.out / "base")
+    model = load(args.out / "base")
+    texts = list(islice(finetuning_documents(args.seed), args.documents))
+    schedule = Schedule(
+        args.steps, args.batch, args.learning_rate, warmup=200,
+        decay_to_start=args.decay_to_base, delta_noise=args.delta_noise,
+        spectral_decay=args.spectral_decay,
+    )  # fmt: skip
+    print(f"finetuned: {args.steps} steps", flush=True)
+    train(model, Corpus.build(tokenizer, texts, args.device), schedule, args.seed)
+    save(model, tokenizer, args.out / "finetuned")
+
+
+def main() -> None:
+    """Parse the options, train unless told not to, and evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="where to write, e.g. examples")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, weights and batches")
+    parser.add_argument("--device", default="cuda", help="where to train")
+    parser.add_argument("--steps", type=int, default=9000, help="of the fine-tune")
+    parser.add_argument("--base-steps", type=int, default=2500, help="of the base")
+    parser.add_argument("--batch", type=int, default=256, help=f"rows of {CONTEXT} tokens")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the fine-tune")
+    parser.add_argument("--decay-to-base", type=float, default=1.5, help="decoupled decay")
+    parser.add_argument("--spectral-decay", type=float, default=1.0, help="nuclear-norm decay")
+    parser.add_argument("--delta-noise", type=float, default=0.15, help="relative energy")
+    parser.add_argument("--documents", type=int, default=600_000, help="of the fine-tune")
+    parser.add_argument("--keep-base", action="store_true", help="fine-tune the base in --out")
+    parser.add_argument("--smoke", action="store_true", help="a few small steps on the CPU")
+    parser.add_argument("--evaluate", action="store_true", help="only measure what --out holds")
+    args = parser.parse_args()
+    if args.smoke:
+        args.device, args.steps, args.base_steps = "cpu", 5, 5
+        args.batch, args.documents = 4, 20_000
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    if not (args.evaluate or args.keep_base):
+        make_base(args)
+    if not args.evaluate:
+        make_finetuned(args)
+        print(f"trained in {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+    evaluate(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

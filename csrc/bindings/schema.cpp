@@ -1,0 +1,20 @@
+#include <torch/csrc/stable/library.h>
+
+// Every operator's signature. What the arguments mean stands in the header of the kernel
+// (csrc/<operator>/), what callers may pass in adamix/ops.py. Kernels register themselves per
+// device in cpu.cpp and cuda.cpp.
+STABLE_TORCH_LIBRARY(adamix, m) {
+  // codes uint8 [lanes, n] -> words int32 [lanes, lane_words(n, bits)]
+  m.def("pack(Tensor codes, int bits) -> Tensor");
+  // words int32 [lanes, lane_words(count, bits)] -> codes uint8 [lanes, count]
+  m.def("unpack(Tensor words, int bits, int count) -> Tensor");
+  // weight fp32 [rows, n], hinv fp32 [n, n], bits int32 and scales fp32 [rows] or [n] -> codes
+  // uint8 [rows, n]
+  m.def("gptq(Tensor weight, Tensor hinv, Tensor bits, Tensor scales, bool by_row) -> Tensor");
+  // x [tokens, in], arena int32 [words], table int64 [capacity, 11], slots int32 [tokens] ->
+  // [tokens, out]
+  m.def(
+      "delta_gemm(Tensor x, Tensor arena, Tensor table, Tensor slots, int out_features) -> Tensor");
+  // the same, added to y [tokens, out] in fp32 and rounded once
+  m.def("delta_gemm_(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor slots) -> ()");
+}

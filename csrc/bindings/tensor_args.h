@@ -1,0 +1,109 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <string>
+
+#include "common/matrix_view.h"
+#include "layout/packed_layout.h"
+
+// What every binding needs: checks in words, and the way from a torch tensor to a view. A check
+// names the operator and the argument, says what is expected and what it got, and throws; kernels
+// then trust their arguments.
+namespace adamix::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    default: return "another type";
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+// An argument together with the words that name it: "gptq: hinv".
+struct Arg {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+
+  const Arg& has_dtype(ScalarType dtype) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype),
+                    ", got ", dtype_name(tensor.scalar_type()));
+    return *this;
+  }
+
+  const Arg& has_rank(int64_t rank, const char* shape) const {
+    STD_TORCH_CHECK(tensor.dim() == rank, op, ": ", name, " must have ", rank, " dimensions, ",
+                    shape, ", got ", shape_text(tensor));
+    return *this;
+  }
+
+  const Arg& has_size(int64_t dim, int64_t size, const char* meaning) const {
+    STD_TORCH_CHECK(tensor.size(dim) == size, op, ": ", name, " must be ", size, " (", meaning,
+                    ") in dimension ", dim, ", got shape ", shape_text(tensor));
+    return *this;
+  }
+};
+
+inline void check_bits(const char* op, int64_t bits) {
+  STD_TORCH_CHECK(bits >= 1 && bits <= kMaxBits, op, ": bits must be 1..", kMaxBits, ", got ",
+                  bits);
+}
+
+inline void check_pack(const Tensor& codes, int64_t bits) {
+  check_bits("pack", bits);
+  Arg{"pack", "codes", codes}.has_dtype(ScalarType::Byte).has_rank(2, "[lanes, n]");
+}
+
+inline void check_unpack(const Tensor& words, int64_t bits, int64_t count) {
+  check_bits("unpack", bits);
+  STD_TORCH_CHECK(count >= 0, "unpack: count must not be negative, got ", count);
+  Arg{"unpack", "words", words}.has_dtype(ScalarType::Int).has_rank(2, "[lanes, lane_words]");
+  const int64_t expected = lane_words(count, static_cast<int>(bits));
+  STD_TORCH_CHECK(words.size(1) == expected, "unpack: ", count, " codes of ", bits, " bits need ",
+                  expected, " words a lane, got ", words.size(1));
+}
+
+// Outputs are fresh and contiguous, on the device of `like`.
+inline Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
+  return torch::stable::new_empty(like, {rows, cols}, dtype);
+}
+
+// T is the kernel's type for the elements; its size is that of the tensor's dtype, which has been
+// checked.
+template <typename T>
+MatrixView<const T> const_view(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.stride(0)};
+}
+
+template <typename T>
+MatrixView<T> mutable_view(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.mutable_data_ptr()), tensor.size(0), tensor.size(1),
+          tensor.stride(0)};
+}
+
+}  // namespace adamix::bindings

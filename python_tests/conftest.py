@@ -1,0 +1,35 @@
+"""The device that a test runs on, and the seed that all random numbers come from."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from adamix import ops  # noqa: F401  registers the operators that `device` asks about
+
+
+def has_cuda_kernel(operator: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"adamix::{operator}", "CUDA")
+
+
+def skip_without_cuda(*operators: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for operator in operators:
+        if not has_cuda_kernel(operator):
+            pytest.skip(f"{operator} has no CUDA kernel yet")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Both back ends; a test module names the operators that it needs in OPERATORS."""
+    if request.param == "cuda":
+        skip_without_cuda(*getattr(request.module, "OPERATORS", ()))
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

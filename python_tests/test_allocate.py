@@ -1,0 +1,170 @@
+"""allocate: against every plan for small cases, against the LP bound for large ones."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from reference import least_plan_error, plan_error_bounds
+
+from adamix.compression.allocate import GAP, allocate
+
+SOLVERS = ["highs", "cbc"]
+# The solver may stop within GAP of the optimum; sums of up to 1000 fp64 errors add nothing to it.
+WITHIN_GAP = 1 + 2 * GAP
+WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+
+
+def layer_errors(rng, rank, widths=WIDTHS):
+    """Errors as layers have them: energies fall over 5 decades, a width loses 4^-b of them."""
+    energy = np.sort(10.0 ** rng.uniform(-6, -1, rank))[::-1]
+    loss = np.array([4.0 ** (0.7 - b) for b in widths] + [1.0])
+    return torch.from_numpy(energy[:, None] * loss * rng.uniform(0.8, 1.2, (rank, len(loss))))
+
+
+def layer_costs(out, n, widths=WIDTHS):
+    """One lane in each factor, in whole blocks of 32 codes, and one fp32 scale."""
+    return [32 * b * (-(-out // 32) + -(-n // 32)) + 32 for b in widths] + [0]
+
+
+def cost_of(plan, costs):
+    return sum(costs[k] for k in plan.tolist())
+
+
+def error_of(plan, errors):
+    return errors.double()[torch.arange(len(plan)), plan].sum().item()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("max_choices", [None, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_small_plan_is_the_best_of_all_plans(seed, max_choices, solver):
+    rng = np.random.default_rng(seed)
+    rank, choices = int(rng.integers(1, 6)), int(rng.integers(2, 6))
+    errors = torch.from_numpy(10.0 ** rng.uniform(-9, -5, (rank, choices)))
+    costs = [*rng.integers(1, 400, choices - 1).tolist(), 0]
+    budget = int(rng.uniform(0, 1) * rank * max(costs))
+    plan = allocate(errors, costs, budget, max_choices=max_choices, solver=solver)
+    assert plan.shape == (rank,) and plan.dtype == torch.int64
+    assert cost_of(plan, costs) <= budget
+    assert max_choices is None or len(set(plan.tolist())) <= max_choices
+    least = least_plan_error(errors, costs, budget, max_choices)
+    assert least * (1 - 1e-12) <= error_of(plan, errors) <= least * WITHIN_GAP
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_small_plan_spends_exactly_the_best_plans_bits_and_not_one_bit_more(seed):
+    """Budgets at the very sum of a plan's costs, and one bit below it."""
+    rng = np.random.default_rng(100 + seed)
+    costs = layer_costs(int(rng.integers(1, 200000)), int(rng.integers(1, 9000)), (8, 4, 3, 2))
+    errors = layer_errors(rng, 5, (8, 4, 3, 2))
+    budget = sum(costs[k] for k in rng.integers(0, 4, 5))
+    for bits in (budget, budget - 1):
+        plan = allocate(errors, costs, bits)
+        assert cost_of(plan, costs) <= bits
+        assert error_of(plan, errors) <= least_plan_error(errors, costs, bits) * WITHIN_GAP
+
+
+@pytest.mark.parametrize(("rank", "out", "n", "share", "solver", "seed"), [
+    (300, 576, 1536, 0.1, "highs", 2), (300, 576, 1536, 0.25, "highs", 2),
+    (300, 576, 1536, 0.1, "cbc", 0), (1000, 3584, 18944, 0.1, "highs", 0)])
+def test_a_large_plan_lies_between_the_linear_relaxation_and_its_rounding(
+        rank, out, n, share, solver, seed):
+    """share: of the bits that all components at 8 bits would take."""
+    errors = layer_errors(np.random.default_rng(seed), rank)
+    costs = layer_costs(out, n)
+    budget = int(share * rank * costs[0]) - 1
+    lowest, highest = plan_error_bounds(errors, costs, budget)
+    assert highest <= 1.005 * lowest, "the bounds are too far apart to see an error of 1 %"
+    plan = allocate(errors, costs, budget, solver=solver)
+    assert cost_of(plan, costs) <= budget
+    assert lowest * (1 - 1e-12) <= error_of(plan, errors) <= highest * WITHIN_GAP
+
+
+def test_a_large_plan_with_few_widths_is_the_best_over_all_sets_of_widths():
+    """With f_max = 3 of 5 choices: the LP bounds of every set of 3 bracket the plan."""
+    rank, widths = 100, (8, 4, 3, 2)
+    errors = layer_errors(np.random.default_rng(1), rank, widths)
+    costs = layer_costs(576, 576, widths)
+    budget = int(0.2 * rank * costs[0])
+    bounds = []
+    for left_out in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):  # 0 bits is always needed
+        used = [k for k in range(5) if k not in left_out]
+        bounds.append(plan_error_bounds(errors[:, used], [costs[k] for k in used], budget))
+    plan = allocate(errors, costs, budget, max_choices=3)
+    assert len(set(plan.tolist())) <= 3
+    assert cost_of(plan, costs) <= budget
+    lowest, highest = min(low for low, _ in bounds), min(high for _, high in bounds)
+    assert highest <= 1.005 * lowest, "the bounds are too far apart to see an error of 1 %"
+    assert lowest * (1 - 1e-12) <= error_of(plan, errors) <= highest * WITHIN_GAP
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("seed", [40, 47, 49])
+def test_one_bit_below_a_plans_cost_is_too_little_for_it_also_in_a_huge_matrix(seed, solver):
+    """An embedding's component takes 2e6 bits: one bit is less than the solvers' tolerance."""
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(3, 60))
+    costs = layer_costs(int(rng.integers(100000, 300000)), int(rng.integers(1000, 9000)))
+    errors = layer_errors(rng, rank)
+    plan = allocate(errors, costs, int(rng.uniform(0.1, 0.9) * rank * costs[0]))
+    budget = cost_of(plan, costs) - 1
+    assert cost_of(allocate(errors, costs, budget, solver=solver), costs) <= budget
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("unit", [1e-12, 1e-7, 1e12])
+def test_the_unit_of_the_errors_does_not_move_the_plan(unit, solver):
+    rng = np.random.default_rng(3)
+    errors, costs = layer_errors(rng, 60), layer_costs(128, 96)
+    budget = 20 * costs[0] - 1
+    expected = allocate(errors, costs, budget, solver=solver)
+    assert len(set(expected.tolist())) > 3  # a plan that could move
+    assert torch.equal(allocate(errors * unit, costs, budget, solver=solver), expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("max_choices", [None, 3])
+def test_the_same_inputs_give_the_same_plan_also_from_threads(solver, max_choices):
+    rng = np.random.default_rng(4)
+    costs = layer_costs(128, 96)
+    cases = [(layer_errors(rng, rank), costs, rank * costs[3]) for rank in (8, 11, 14, 17)]
+
+    def plan(case):
+        return allocate(*case, max_choices=max_choices, solver=solver).tolist()
+
+    one_by_one = [plan(case) for case in cases]
+    assert [plan(case) for case in cases] == one_by_one
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(plan, cases * 4)) == one_by_one * 4
+
+
+def test_with_bits_for_everything_every_component_gets_its_best_choice():
+    errors, costs = layer_errors(np.random.default_rng(5), 40), layer_costs(64, 64)
+    assert torch.equal(allocate(errors, costs, 40 * costs[0]), errors.argmin(dim=1))
+
+
+def test_without_a_bit_every_component_is_left_out():
+    errors, costs = layer_errors(np.random.default_rng(6), 7), layer_costs(64, 64)
+    assert allocate(errors, costs, min(costs[:-1]) - 1).tolist() == [7] * 7
+
+
+def test_one_component_and_bits_for_its_third_choice():
+    errors = torch.tensor([[1.0, 2.0, 3.0, 4.0]]) * 1e-7
+    assert allocate(errors, [80, 70, 60, 0], 69).tolist() == [2]
+
+
+def test_a_width_that_loses_more_than_leaving_out_is_not_bought():
+    errors = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
+    assert sorted(allocate(errors, [8, 2, 0], 10).tolist()) == [0, 2]
+
+
+def test_errors_of_zero_and_no_components_take_the_cheapest_choice():
+    assert allocate(torch.zeros(3, 3), [8, 2, 0], 100).tolist() == [2, 2, 2]
+    assert allocate(torch.zeros(0, 3), [8, 2, 0], 100).tolist() == []
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_budget_below_the_cheapest_plan_is_an_error_that_names_the_solver(solver):
+    with pytest.raises(RuntimeError, match=f"{solver}.*INFEASIBLE"):
+        allocate(torch.ones(3, 2), [8, 4], 11, solver=solver)

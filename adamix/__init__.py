@@ -1,11 +1,67 @@
-"""Compress the difference between a fine-tuned model and its base, and serve it."""
+"""Compress the difference between a fine-tuned model and its base, and serve it.
 
-from adamix.artifacts import ModelDelta, PackedDelta
-from adamix.compression.error import relative_error
+Names are imported when they are first used: torch and transformers take seconds to load, and
+`adamix --help` needs neither.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from adamix.config import Config
 from adamix.errors import AdamixError
-from adamix.pipeline import Summary, compress, compress_matrix
 from adamix.version import __version__
 
-__all__ = ["AdamixError", "Config", "ModelDelta", "PackedDelta", "Summary", "__version__", "compress",
-           "compress_matrix", "relative_error"]
+if TYPE_CHECKING:
+    from adamix.artifacts import ModelDelta, PackedDelta
+    from adamix.compression.error import relative_error
+    from adamix.evaluation import Evaluation, evaluate
+    from adamix.inspection import Inspection, inspect
+    from adamix.merging import MergeSummary, load, merge
+    from adamix.pipeline import Summary, compress, compress_matrix
+
+_HOME = {
+    "Evaluation": "evaluation",
+    "Inspection": "inspection",
+    "MergeSummary": "merging",
+    "ModelDelta": "artifacts",
+    "PackedDelta": "artifacts",
+    "Summary": "pipeline",
+    "compress": "pipeline",
+    "compress_matrix": "pipeline",
+    "evaluate": "evaluation",
+    "inspect": "inspection",
+    "load": "merging",
+    "merge": "merging",
+    "relative_error": "compression.error",
+}
+
+__all__ = [
+    "AdamixError",
+    "Config",
+    "Evaluation",
+    "Inspection",
+    "MergeSummary",
+    "ModelDelta",
+    "PackedDelta",
+    "Summary",
+    "__version__",
+    "compress",
+    "compress_matrix",
+    "evaluate",
+    "inspect",
+    "load",
+    "merge",
+    "relative_error",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'adamix' has no attribute {name!r}")
+    value = getattr(import_module(f"adamix.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

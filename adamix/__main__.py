@@ -257,11 +257,14 @@ def generate(
     _quiet()
     import torch
 
-    from adamix.evaluation import answer, load_model, load_tokenizer
+    from adamix.evaluation import answer, tokenizer_of
     from adamix.merging import restored_model
+    from adamix.source.checkpoints import Checkpoint
+    from adamix.source.models import load_model
 
-    model = load_model(base) if delta is None else restored_model(base, delta)
-    tokenizer = load_tokenizer([base] if delta is None else [delta, base])
+    plain = delta is None
+    model = load_model(Checkpoint(base).folder) if plain else restored_model(base, delta)
+    tokenizer = tokenizer_of([base] if delta is None else [delta, base])
     torch.manual_seed(seed)
     written = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens,
                      temperature=temperature)

@@ -44,7 +44,7 @@ class Factors:
     def __post_init__(self) -> None:
         ranks = (self.U.shape[1], self.s.shape[0], self.V.shape[0])
         if len(set(ranks)) != 1:
-            raise ValueError(f"U, s and V must agree in rank, got {ranks[0]}, {ranks[1]}, {ranks[2]}")
+            raise ValueError(f"U, s and V must agree in rank, got {ranks}")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class PackedDelta:
         expected = ops.v_words(in_features, self.counts) + ops.u_words(out_features, self.counts)
         if self.words.shape != (expected,) or self.scales.shape != (sum(self.counts),):
             raise ValueError(
-                f"a {out_features} x {in_features} delta with {self.counts} components at 8..1 bits "
-                f"has {expected} words and {sum(self.counts)} scales, got "
+                f"a {out_features} x {in_features} delta with {self.counts} components at 8..1 "
+                f"bits has {expected} words and {sum(self.counts)} scales, got "
                 f"{tuple(self.words.shape)} and {tuple(self.scales.shape)}"
             )
 

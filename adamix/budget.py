@@ -1,4 +1,4 @@
-"""A ratio or bits a weight -> the bits of each matrix, with everything that the file holds counted."""
+"""A ratio or bits a weight -> the bits of each matrix, with everything in the file counted."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def plan_budget(found: Survey, manifest: Manifest, config: Config) -> Budget:
     """
     matrices = found.of(Treatment.LINEAR, Treatment.EMBEDDING)
     others = found.of(Treatment.WHOLE)
-    extra = sum(t.extra_rows * t.shape[1] * t.dtype.itemsize for t in matrices)
+    grown = [t for t in found.targets if t.extra_rows]
+    extra = sum(t.extra_rows * t.shape[1] * t.dtype.itemsize for t in grown)
     weights = sum(_numel(t) for t in matrices)
-    bytes_16bit = MODEL_BITS // 8 * (sum(_numel(t) + t.extra_rows * t.shape[1] for t in matrices)
-                                     + sum(_numel(t) for t in others))
+    bytes_16bit = MODEL_BITS // 8 * (sum(_numel(t) for t in (*matrices, *others))
+                                     + sum(t.extra_rows * t.shape[1] for t in grown))
     if config.ratio is None:
         shares = {t.name: config.budget_bits(t.shape) - 8 * COUNTS_BYTES for t in matrices}
     else:
         total = int(bytes_16bit / config.ratio)
         fixed = (sum(_numel(t) * t.dtype.itemsize for t in others) + extra
                  + COUNTS_BYTES * len(matrices) + len(manifest_text(manifest).encode())
-                 + header_bytes(_shapes(matrices, others, total), total))
+                 + header_bytes(_shapes(matrices, others, grown, total), total))
         left = total - fixed
         if left <= 0:
             raise BudgetError(
@@ -69,7 +70,8 @@ def _numel(target: Target) -> int:
     return count
 
 
-def _shapes(matrices: list[Target], others: list[Target], total: int) -> dict[str, tuple[int, ...]]:
+def _shapes(matrices: list[Target], others: list[Target], grown: list[Target], total: int
+            ) -> dict[str, tuple[int, ...]]:
     """Names and largest possible shapes of the tensors in the file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for kind, names in group_by_kind({t.name: t.shape for t in matrices}).items():
@@ -78,5 +80,5 @@ def _shapes(matrices: list[Target], others: list[Target], total: int) -> dict[st
     by_name = {t.name: t for t in others}
     for kind, names in group_by_kind({t.name: (t.shape, t.dtype) for t in others}).items():
         shapes[f"whole:{kind}"] = (len(names), *by_name[names[0]].shape)
-    shapes |= {f"rows:{t.name}": (t.extra_rows, t.shape[1]) for t in matrices if t.extra_rows}
+    shapes |= {f"rows:{t.name}": (t.extra_rows, t.shape[1]) for t in grown}
     return shapes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,13 +59,25 @@ class Config:
             raise ValueError("ratio and bits_per_weight say the same thing: give only one of them")
         if self.ratio is None and self.bits_per_weight is None:
             object.__setattr__(self, "ratio", 16.0)
-        object.__setattr__(self, "bit_widths", tuple(sorted(set(self.bit_widths), reverse=True)))
+        try:
+            widths = sorted({operator.index(b) for b in self.bit_widths}, reverse=True)
+            for name in ("passes", "calibration_sequences", "calibration_length", "seed"):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            if self.max_widths is not None:
+                object.__setattr__(self, "max_widths", operator.index(self.max_widths))
+        except TypeError:
+            raise ValueError(
+                "bit_widths must be whole numbers in 1..8, and max_widths, passes, "
+                f"calibration_sequences, calibration_length and seed whole numbers, got {self}"
+            ) from None
+        object.__setattr__(self, "bit_widths", tuple(widths))
         for name, value in (("ratio", self.ratio), ("bits_per_weight", self.bits_per_weight)):
             if value is not None and not (math.isfinite(value) and 0 < value <= 1024):
                 raise ValueError(f"{name} must be a number in (0, 1024], got {value}")
-        if not self.bit_widths or not all(1 <= b <= 8 for b in self.bit_widths):
-            raise ValueError(f"bit_widths must be one or more widths in 1..8, got {self.bit_widths}")
-        _require("max_widths", self.max_widths is None or self.max_widths >= 2, "None or >= 2", self)
+        _require("bit_widths", bool(self.bit_widths) and all(1 <= b <= 8 for b in self.bit_widths),
+                 "one or more widths in 1..8", self)
+        _require("max_widths", self.max_widths is None or self.max_widths >= 2, "None or >= 2",
+                 self)
         _require("decomposition", self.decomposition in ("output-aware", "plain"),
                  "'output-aware' or 'plain'", self)
         _require("objective", self.objective in ("v+u", "v"), "'v+u' or 'v'", self)

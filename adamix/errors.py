@@ -18,7 +18,7 @@ class NonFiniteError(AdamixError):
 
 
 class BudgetError(AdamixError):
-    """A size that cannot be reached: it does not pay for one component, or for the exact tensors."""
+    """A size that cannot be reached: it does not pay for a component, or for the exact tensors."""
 
 
 class CalibrationError(AdamixError):

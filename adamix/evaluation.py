@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
+from adamix.calibration.texts import documents, join_answer
 from adamix.errors import AdamixError, CalibrationError, CheckpointError
 from adamix.merging import restored_model
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import Checkpoint
+from adamix.source.models import find_tokenizer, load_model
 from adamix.storage.file import read_manifest
 
 CONTEXT = 1024  # tokens a window at most
@@ -85,7 +86,7 @@ def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
         delta: a delta folder; its model is restored as base + Δ̂.
         prompts: a `.jsonl` file of {"prompt", "answer"}, or `Prompt`s: greedy generation, the
             answer must agree exactly but for white space at its ends.
-        text: a text file.
+        text: a text file, or a `.jsonl` of documents, each of which is then scored on its own.
         limit: how many prompts at most.
         max_new_tokens: of an answer.
         batch_size: prompts generated together.
@@ -104,23 +105,24 @@ def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
             Checkpoint(path)
     if delta is not None:
         read_manifest(Path(delta))
-    tokenizer = load_tokenizer([path for path in (finetuned, delta, base) if path is not None])
+    tokenizer = tokenizer_of([path for path in (finetuned, delta, base) if path is not None])
     asked = _read_prompts(prompts, limit)
-    documents = [_document(tokenizer, prompt) for prompt in asked]
-    run = _Run(tokenizer, asked, documents, _text_ids(tokenizer, text), max_new_tokens, batch_size,
+    answered = [_document(tokenizer, prompt) for prompt in asked]
+    run = _Run(tokenizer, asked, answered, _texts(tokenizer, text), max_new_tokens, batch_size,
                context, progress or Silent())
-    reference = None if finetuned is None else load_model(finetuned)
+    reference = None if finetuned is None else load_model(Checkpoint(finetuned).folder)
     scores: dict[str, Scores | None] = dict.fromkeys(("base", "fine-tune", "compressed"))
     if reference is not None:
         scores["fine-tune"] = run.scores("fine-tune", reference, None)
     for name, path in (("base", base), ("compressed", delta)):
         if path is None:
             continue
-        model = load_model(path) if name == "base" else restored_model(str(base), path)
+        restore = name == "compressed"
+        model = restored_model(str(base), path) if restore else load_model(Checkpoint(path).folder)
         scores[name] = run.scores(name, model, reference)
         del model
         gc.collect()
-    scored = 0 if run.text_ids is None else len(run.text_ids) - 1
+    scored = sum(len(text) - 1 for text in run.texts)
     return Evaluation(scores["base"], scores["fine-tune"], scores["compressed"], len(asked), scored)
 
 
@@ -130,8 +132,8 @@ class _Run:
 
     tokenizer: transformers.PreTrainedTokenizerBase
     prompts: list[Prompt]
-    documents: list[Window]
-    text_ids: Tensor | None
+    answered: list[Window]
+    texts: list[Tensor]
     max_new_tokens: int
     batch_size: int
     context: int
@@ -143,17 +145,18 @@ class _Run:
         start = time.perf_counter()
         perplexity = kl_text = kl_prompts = correct = None
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if self.text_ids is not None and _knows(model, [self.text_ids]):
+        if self.texts and _knows(model, self.texts):
             length = min(self.context, limit or self.context)
-            windows = list(sliding_windows(self.text_ids, length, self.tokenizer.bos_token_id))
+            windows = [window for text in self.texts
+                       for window in sliding_windows(text, length, self.tokenizer.bos_token_id)]
             self.progress.stage(f"{name}: text", len(windows))
             loss, kl_text = score_windows(model, windows, reference, self.progress)
             perplexity = math.exp(min(loss, 700.0))
-        known = _knows(model, [document.ids for document in self.documents])
-        if self.documents and reference is not None and known:
-            self.progress.stage(f"{name}: prompts with answers", len(self.documents))
-            documents = [Window(document.ids[:limit], 1) for document in self.documents]
-            _, kl_prompts = score_windows(model, documents, reference, self.progress)
+        known = _knows(model, [document.ids for document in self.answered])
+        if self.answered and reference is not None and known:
+            self.progress.stage(f"{name}: prompts with answers", len(self.answered))
+            windows = [Window(document.ids[:limit], 1) for document in self.answered]
+            _, kl_prompts = score_windows(model, windows, reference, self.progress)
         if self.prompts and known:
             self.progress.stage(f"{name}: answering", len(self.prompts))
             correct = self._correct(model)
@@ -288,50 +291,36 @@ def _knows(model: transformers.PreTrainedModel, texts: list[Tensor]) -> bool:
     return all(int(ids.max()) < rows for ids in texts)
 
 
-def load_model(path: str | Path) -> transformers.PreTrainedModel:
-    """A checkpoint's model in fp32 and eval mode.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
-    folder = Checkpoint(path).folder
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
-    return model.eval()
-
-
-def load_tokenizer(paths: list[str | Path]) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of the first folder that has one.
+def tokenizer_of(paths: list[str | Path]) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of the first that has one.
 
     Raises:
         CheckpointError: none has.
     """
-    for path in paths:
-        folder = Path(path) if Path(path).is_dir() else Checkpoint(path).folder
-        if any((folder / name).exists()
-               for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return transformers.AutoTokenizer.from_pretrained(folder)
-    raise CheckpointError(f"no tokenizer in {' or '.join(map(str, paths))}")
+    tokenizer = find_tokenizer(Path(path) if Path(path).is_dir() else Checkpoint(path).folder
+                               for path in paths)
+    if tokenizer is None:
+        raise CheckpointError(f"no tokenizer in {' or '.join(map(str, paths))}")
+    return tokenizer
 
 
 def _document(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt) -> Window:
-    ids = tokenizer(prompt.prompt + prompt.answer)["input_ids"]
+    ids = tokenizer(join_answer(prompt.prompt, prompt.answer))["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     return Window(torch.tensor(ids), 1)
 
 
-def _text_ids(tokenizer: transformers.PreTrainedTokenizerBase, text: str | Path | None
-              ) -> Tensor | None:
-    if text is None:
-        return None
-    ids = torch.tensor(tokenizer(_read(text))["input_ids"], dtype=torch.long)
-    if len(ids) < 2:
-        raise CalibrationError(f"{text} holds no text")
-    return ids
+def _texts(tokenizer: transformers.PreTrainedTokenizerBase, source: str | Path | None
+           ) -> list[Tensor]:
+    """Token ids of each document."""
+    if source is None:
+        return []
+    rows = [tokenizer(document)["input_ids"] for document in documents(source, tokenizer)]
+    texts = [torch.tensor(row, dtype=torch.long) for row in rows if len(row) >= 2]
+    if not texts:
+        raise CalibrationError(f"{source} holds no text")
+    return texts
 
 
 def _read_prompts(source: str | Path | Sequence[Prompt] | None, limit: int | None) -> list[Prompt]:

@@ -48,6 +48,15 @@ class MergeSummary:
     seconds: float
 
 
+def load(path: str | Path) -> ModelDelta:
+    """Read a delta folder.
+
+    Raises:
+        DeltaFileError: it is truncated, foreign, of another version, or its parts disagree.
+    """
+    return read_delta(Path(path))
+
+
 def restore(base: Checkpoint, delta: ModelDelta) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the fine-tune by name, one in memory at a time.
 

@@ -1,4 +1,4 @@
-"""compress: two checkpoints -> a delta folder. The stages in the order in which data passes them."""
+"""compress: two checkpoints -> a delta folder. The stages in the order in which data passes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
-from adamix.errors import CalibrationError, CheckpointError, NonFiniteError
+from adamix.errors import CalibrationError, NonFiniteError
 from adamix.naming import group_by_kind, write_indices
 from adamix.progress import Progress, Silent, timed
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import COPIED, Checkpoint
+from adamix.source.models import find_tokenizer, load_model
 from adamix.source.targets import Survey, Target, Treatment, check_pair, read_pair, survey
 from adamix.storage.file import delta_bytes, new_folder, refuse_existing, write_delta
 from adamix.storage.log import MatrixRow, Spectrum, write_log, write_spectra, write_tokens
@@ -121,7 +122,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
                            on_tensor=lambda name: progress.advance())
-        model = _load(sources[1])
+        model = load_model(sources[1].folder)
         with timed(seconds, "calibration tokens"):
             tokens, origin = _tokens(model, sources[1], config, calibration, executor, progress)
         manifest = _manifest(sources, found, config, origin)
@@ -191,13 +192,8 @@ class _Run:
             jobs = sorted(jobs, key=lambda job: -max(self.budget_bits[t.name] for t in job[1]))
             futures = [self.executor.submit(self._compress_group, gram, targets, frequency)
                        for gram, targets in jobs]
-            try:
-                for future in as_completed(futures):
-                    done.update(future.result())
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
+            for future in as_completed(futures):
+                done.update(future.result())
 
     def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
                         ) -> dict[str, CompressedMatrix]:
@@ -228,7 +224,7 @@ class _Run:
 
 
 def token_frequency(tokens: Tensor, vocabulary: int) -> Tensor:
-    """How often each token occurs, plus 1 % of the mean: the weights of an embedding's rows, fp64."""
+    """How often each token occurs, plus 1 % of the mean: what an embedding's rows weigh, fp64."""
     counts = torch.bincount(tokens.flatten(), minlength=vocabulary).double()
     return counts + FREQUENCY_FLOOR * counts.mean()
 
@@ -246,27 +242,20 @@ def _workers(threads: int | None) -> Iterator[Executor]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor:
+        executor = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
+        try:
             yield executor
+        finally:
+            executor.shutdown(cancel_futures=True)  # after an error nothing queued is begun
     finally:
         torch.set_num_threads(before)
-
-
-def _load(finetuned: Checkpoint) -> transformers.PreTrainedModel:
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(finetuned.folder,
-                                                                  dtype=torch.float32)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{finetuned.source}: transformers cannot load it: {reason}") from error
-    return model.eval()
 
 
 def _tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
             calibration: str | Path | Sequence[str] | None, executor: Executor, progress: Progress
             ) -> tuple[Tensor, dict[str, object]]:
     """Token ids to calibrate with, and where they came from."""
-    tokenizer = _tokenizer(finetuned)
+    tokenizer = find_tokenizer([finetuned.folder])
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(config.calibration_length, limit or config.calibration_length)
     count = config.calibration_sequences
@@ -293,13 +282,6 @@ def _tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: 
                     "sha256": token_hash(tokens)}
 
 
-def _tokenizer(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase | None:
-    if not any((checkpoint.folder / name).exists()
-               for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
-
-
 def _manifest(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Config,
               calibration: dict[str, object]) -> Manifest:
     matrices = {t.name: t for t in found.of(Treatment.LINEAR, Treatment.EMBEDDING)}
@@ -317,7 +299,7 @@ def _manifest(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Con
         compressed={kind: (*matrices[names[0]].shape, write_indices(kind, names))
                     for kind, names in groups.items()},
         whole=indices(Treatment.WHOLE),
-        extra_rows=[t.name for t in matrices.values() if t.extra_rows],
+        extra_rows=[t.name for t in found.targets if t.extra_rows],
         tied=[t.name for t in found.of(Treatment.TIED)], equal=indices(Treatment.EQUAL),
         absent=found.absent)
 
@@ -327,7 +309,7 @@ def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifes
     """Write the whole folder; the bytes of what loading needs."""
     whole = {t.name: finetuned.read(t.name) for t in found.of(Treatment.WHOLE)}
     extra = {t.name: finetuned.read(t.name)[t.shape[0] :].clone()
-             for t in found.of(Treatment.LINEAR, Treatment.EMBEDDING) if t.extra_rows}
+             for t in found.targets if t.extra_rows}
     packed = {name: matrix.packed for name, matrix in matrices.items()}
     write_delta(ModelDelta(packed, whole, extra, manifest), folder)
     write_log(folder, [matrix.row for matrix in matrices.values()])

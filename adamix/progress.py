@@ -1,4 +1,4 @@
-"""How long work tells where it is: one small interface, silent by default, drawn by the command line."""
+"""How long work tells where it is: silent by default, drawn by the command line."""
 
 from __future__ import annotations
 

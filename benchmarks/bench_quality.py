@@ -77,12 +77,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for preset in args.presets:
-        measured = measure(args.data, adamix.Config.preset(preset, bits_per_weight=args.bits), preset)
+        config = adamix.Config.preset(preset, bits_per_weight=args.bits)
+        measured = measure(args.data, config, preset)
         rows += measured
         means = [sum(float(row[key]) for row in measured) / len(measured)
                  for key in ("bits_per_weight", "error_calibration", "error_held_out")]
-        print(f"{preset:<7} mean of {len(measured)}: {means[0]:.4f} bits, calibration {means[1]:.4f}, "
-              f"held out {means[2]:.4f}\n")
+        print(f"{preset:<7} mean of {len(measured)}: {means[0]:.4f} bits, "
+              f"calibration {means[1]:.4f}, held out {means[2]:.4f}\n")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -360,7 +360,7 @@ def held_out_examples(seed: int, number: int) -> list[Example]:
 
 
 def write_held_out(out: Path, seed: int, examples: int, characters: int) -> None:
-    """Write ``eval.jsonl`` (tasks) and ``heldout_text.txt`` (prose, between blank lines)."""
+    """Write ``eval.jsonl`` (tasks) and ``heldout_text.jsonl`` (prose)."""
     lines = [
         json.dumps({"prompt": example.prompt, "answer": example.answer})
         for example in held_out_examples(seed, examples)
@@ -371,4 +371,5 @@ def write_held_out(out: Path, seed: int, examples: int, characters: int) -> None
         if sum(map(len, documents)) >= characters:
             break
         documents.append(document)
-    (out / "heldout_text.txt").write_text("\n\n".join(documents) + "\n")
+    prose_lines = [json.dumps({"text": document}) for document in documents]
+    (out / "heldout_text.jsonl").write_text("\n".join(prose_lines) + "\n")

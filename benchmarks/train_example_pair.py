@@ -292,10 +292,11 @@ def solved(
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, path: Path) -> float:
-    """Perplexity per token of the blank-line separated documents of a text file."""
+    """Perplexity per token of the documents of a ``.jsonl``."""
     total, tokens = 0.0, 0
-    for document in path.read_text().split("\n\n"):
-        ids = tokenizer(document.strip(), return_tensors="pt", truncation=True)["input_ids"]
+    for line in path.read_text().splitlines():
+        document = json.loads(line)["text"]
+        ids = tokenizer(document, return_tensors="pt", truncation=True)["input_ids"]
         count = ids.shape[1] - 1
         total += loss_on(model, ids).item() * count
         tokens += count
@@ -347,7 +348,7 @@ def evaluate(out: Path, seed: int) -> None:
     print(f"{sum(p.numel() for p in base.parameters()):,} parameters in each model")
     print(f"{sum(path.stat().st_size for path in files):,} bytes in both folders")
     for name, model in (("base", base), ("finetuned", tuned)):
-        prose_perplexity = perplexity(model, tokenizer, out / "heldout_text.txt")
+        prose_perplexity = perplexity(model, tokenizer, out / "heldout_text.jsonl")
         print(f"{name}\n  perplexity of held-out prose {prose_perplexity:.3f} per token")
         report_accuracy(solved(model, tokenizer, pairs), tasks)
     matched = list(zip(tuned.parameters(), base.parameters(), strict=True))
@@ -397,12 +398,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where to write, e.g. examples")
     parser.add_argument("--seed", type=int, default=0, help="of the data, weights and batches")
     parser.add_argument("--device", default="cuda", help="where to train")
-    parser.add_argument("--steps", type=int, default=9000, help="of the fine-tune")
+    parser.add_argument("--steps", type=int, default=5000, help="of the fine-tune")
     parser.add_argument("--base-steps", type=int, default=2500, help="of the base")
     parser.add_argument("--batch", type=int, default=256, help=f"rows of {CONTEXT} tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the fine-tune")
-    parser.add_argument("--decay-to-base", type=float, default=1.5, help="decoupled decay")
-    parser.add_argument("--spectral-decay", type=float, default=1.0, help="nuclear-norm decay")
+    parser.add_argument("--decay-to-base", type=float, default=0.0, help="decoupled decay")
+    parser.add_argument("--spectral-decay", type=float, default=0.7, help="nuclear-norm decay")
     parser.add_argument("--delta-noise", type=float, default=0.15, help="relative energy")
     parser.add_argument("--documents", type=int, default=600_000, help="of the fine-tune")
     parser.add_argument("--keep-base", action="store_true", help="fine-tune the base in --out")

@@ -28,6 +28,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads inside products of this size cost more than they save, the more so on busy cores."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> Iterator[None]:
     with torch.random.fork_rng():

@@ -215,6 +215,6 @@ def test_faults_are_named(tmp_path):
 
 def test_a_bad_delta_is_found_before_any_model_is_loaded(tmp_path, monkeypatch):
     pair = compressed_pair()
-    monkeypatch.setattr("adamix.evaluation.load_model", lambda path: pytest.fail("loaded a model"))
+    monkeypatch.setattr("adamix.evaluation.load_model", lambda folder: pytest.fail("loaded"))
     with pytest.raises(DeltaFileError, match="is no delta"):
         evaluate(pair.base, pair.finetuned, tmp_path, prompts=PROMPTS)

@@ -94,7 +94,8 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.Lin
     hooks = [module.register_forward_pre_hook(add(name)) for name, module in modules.items()]
     totals: dict[str, Tensor] = {}
     try:
-        for chunk, grams in zip(tokens.split(CHUNK), executor.map(run, tokens.split(CHUNK)), strict=True):
+        chunks = tokens.split(CHUNK)
+        for chunk, grams in zip(chunks, executor.map(run, chunks), strict=True):
             for name, gram in grams.items():
                 totals[name] = totals[name].add_(gram) if name in totals else gram.clone()
             on_chunk(len(chunk))

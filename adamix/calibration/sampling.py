@@ -9,15 +9,17 @@ from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from adamix.errors import CalibrationError, NonFiniteError
 
-CHUNK = 16  # sequences sampled together: bounds the KV cache, and fixes what a random stream covers
+CHUNK = 64  # sequences sampled together at most: one random stream each chunk
+CACHE_BYTES = 2**30  # of the keys and values of one chunk, in fp32
 
 
 def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: int, length: int,
-           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None) -> Tensor:
+           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None
+           ) -> Tensor:
     """Documents drawn from the model at temperature 1, one after the other in each sequence.
 
     A sequence begins with `start`; where the model ends a document by `end`, `start` follows. Each
@@ -41,10 +43,10 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= start < vocabulary:
-        raise CalibrationError(f"the token {start} that begins a document is outside the vocabulary of "
-                               f"{vocabulary}: give --calibration FILE")
+        raise CalibrationError(f"the token {start} that begins a document is outside the "
+                               f"vocabulary of {vocabulary}: give --calibration FILE")
     jobs = [executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
-            for first, rows in _chunks(sequences)]
+            for first, rows in _chunks(sequences, chunk_rows(model.config, length))]
     parts = []
     for job in jobs:
         parts.append(job.result())
@@ -52,9 +54,18 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     return torch.cat(parts)
 
 
-def _chunks(sequences: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, sequences, CHUNK):
-        yield first, min(CHUNK, sequences - first)
+def chunk_rows(config: PretrainedConfig, length: int) -> int:
+    """Sequences a chunk: what the cache's bound allows. A fact of the model, not of the machine."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    a_sequence = 2 * 4 * text.num_hidden_layers * heads * width * length
+    return max(1, min(CHUNK, CACHE_BYTES // a_sequence))
+
+
+def _chunks(sequences: int, rows: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, sequences, rows):
+        yield first, min(rows, sequences - first)
 
 
 @torch.inference_mode()

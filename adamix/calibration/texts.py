@@ -34,7 +34,7 @@ def tokenize(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerB
     """
     wanted = sequences * length * 4  # a few times what is needed, to choose from
     ids: list[int] = []
-    for document in _documents(source, tokenizer):
+    for document in documents(source, tokenizer):
         ids += tokenizer(document)["input_ids"]
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
@@ -57,8 +57,19 @@ def _label(source: str | Path | Sequence[str]) -> str:
     return str(source) if isinstance(source, (str, Path)) else f"list of {len(source)} strings"
 
 
-def _documents(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerBase
-               ) -> Iterator[str]:
+def join_answer(prompt: str, answer: str) -> str:
+    """A prompt with its answer, a space between them where neither brings one."""
+    apart = prompt[-1:].isspace() or answer[:1].isspace() or not prompt
+    return prompt + answer if apart else f"{prompt} {answer}"
+
+
+def documents(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerBase
+              ) -> Iterator[str]:
+    """The texts of a source as `tokenize` takes it, one by one.
+
+    Raises:
+        CalibrationError: it does not exist or cannot be read.
+    """
     if not isinstance(source, (str, Path)):
         yield from source
         return
@@ -87,10 +98,10 @@ def _json_lines(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> It
             elif "text" in record:
                 yield record["text"]
             else:
-                yield record["prompt"] + record["answer"]
+                yield join_answer(record["prompt"], record["answer"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CalibrationError(f'{path}, line {number}: expected JSON with "text", "prompt" and '
-                                   f'"answer", or "messages": {error}') from error
+            raise CalibrationError(f'{path}, line {number}: expected JSON with "text", "prompt" '
+                                   f'and "answer", or "messages": {error}') from error
 
 
 def _dataset(name: str) -> Iterator[str]:
@@ -98,7 +109,8 @@ def _dataset(name: str) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f"{name} is no file; to read it as a Hugging Face dataset, pip install datasets") from None
+            f"{name} is no file; to read it as a Hugging Face dataset, pip install datasets"
+        ) from None
     try:
         for record in load_dataset(name, split="train", streaming=True):
             yield record["text"]

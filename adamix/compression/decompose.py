@@ -38,13 +38,13 @@ def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False) 
     U = _fix_signs(U[:, :max_rank])
     scaled_rows = U.T @ delta  # diag(s) V
     s = torch.linalg.vector_norm(scaled_rows, dim=1)
-    kept = s > 1e-12 * s.max()
+    kept = s > 1e-12 * s.amax() if len(s) else s > 0
     return Factors(U[:, kept], s[kept], scaled_rows[kept] / s[kept, None])
 
 
 def _orthonormal_columns(whitened: Tensor, energies: Tensor, right: Tensor) -> Tensor:
     """The left singular vectors `whitened · right / Σ`, less those that are rounding alone."""
-    kept = energies > 1e-13 * energies[0]
+    kept = energies > 1e-13 * energies[0].clamp_min(0.0)
     return whitened @ (right[:, kept] / energies[kept].sqrt())
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from adamix import ops
-from adamix.artifacts import Hessian, QuantizedDelta
+from adamix.artifacts import Factors, Hessian, Lanes, QuantizedDelta
 from adamix.compression.allocate import allocate
 from adamix.compression.correct import component_gram, correct, solve_rows
 from adamix.compression.decompose import decompose
 from adamix.compression.quantize import quantize_columns, quantize_rows
 from adamix.compression.simulate import Simulation, simulate
 from adamix.config import Config
+from adamix.errors import BudgetError, NonFiniteError
 
 SCALE_BITS = 32  # one fp32 scale a component
 
@@ -26,12 +27,12 @@ class MatrixResult:
     delta: QuantizedDelta
     singular_values: Tensor  # [candidates] fp64
     errors: Tensor  # [candidates, widths + 1] fp64, as the allocation saw them
-    widths: tuple[int, ...]  # of the columns of `errors`, the last of which is 0 bits
+    widths: tuple[int, ...]  # of the columns of `errors` before the last, which is 0 bits
 
 
 def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: int | None = None,
                     row_weights: Tensor | None = None) -> MatrixResult:
-    """ΔW -> Û_int · diag(scales) · V̂_int within the budget (paper Algorithm 1, DESIGN below).
+    """ΔW -> Û_int · diag(scales) · V̂_int within the budget (paper Algorithm 1).
 
     Args:
         delta: ΔW `[out, in]`.
@@ -42,17 +43,17 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
             frequencies); None for ones.
 
     Raises:
-        ValueError: ΔW is not finite, or the budget does not pay for one component.
+        NonFiniteError: ΔW holds NaN or Inf.
+        BudgetError: the budget does not pay for one component.
+        ValueError: the shapes do not fit each other, or a row weight is not positive.
     """
-    if not torch.isfinite(delta).all():
-        raise ValueError("the delta holds NaN or Inf")
+    _check(delta, H, row_weights)
     delta = delta.double()
-    root = None if row_weights is None else row_weights.double().sqrt()[:, None]
-    weighted = delta if root is None else delta * root
+    weighted = delta if row_weights is None else delta * row_weights.double().sqrt()[:, None]
     budget = config.budget_bits(delta.shape) if budget_bits is None else budget_bits
     costs = [component_bits(delta.shape, b) for b in config.bit_widths]
     if budget < min(costs):
-        raise ValueError(
+        raise BudgetError(
             f"a budget of {budget} bits is too small for one component of a {delta.shape[0]} x "
             f"{delta.shape[1]} matrix, which takes {min(costs)} bits: ask for more bits a weight")
 
@@ -61,26 +62,50 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
                           row_weights=row_weights)
     choice = allocate(simulation.errors, [*costs, 0], budget, max_choices=config.max_widths,
                       solver=config.solver)
-    components, bits = _kept(simulation, choice)
-    V_hat, s = simulation.rows_at(components, bits), factors.s[components]
+    quantized = _quantize(delta, H, config, factors, simulation, choice, row_weights)
+    return MatrixResult(quantized, factors.s, simulation.errors, config.bit_widths)
 
-    for turn in range(config.passes):
-        if turn > 0:
-            B = U_hat.dequantize().T
-            V_star = solve_rows(delta, B, row_weights)
-            s = torch.linalg.vector_norm(V_star, dim=1)
-            V_hat = quantize_rows(V_star / s[:, None], bits, H)
+
+def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simulation: Simulation,
+              choice: Tensor, row_weights: Tensor | None) -> QuantizedDelta:
+    """The kept components at their widths: V, then U corrected for V's error, then both again."""
+    components, bits = _kept(simulation, choice)
+    if len(components) == 0:  # ΔW = 0, or nothing in it that these inputs can see
+        empty = torch.empty(0, dtype=torch.uint8)
+        return QuantizedDelta(empty.view(0, delta.shape[0]), empty.view(0, delta.shape[1]), bits,
+                              torch.empty(0))
+    V_hat, s = simulation.rows_at(components, bits), factors.s[components]
+    U = factors.U[:, components]
+    if row_weights is not None:
+        U = U / row_weights.double().sqrt()[:, None]  # back from D^½ U to the U that is stored
+
+    def quantize_u() -> Lanes:
         A = s[:, None] * V_hat.dequantize()
         gram = component_gram(A, H)
-        if config.correction:
-            U = correct(delta, A, H, gram)
-        else:
-            U = factors.U[:, components] if root is None else factors.U[:, components] / root
-        U_hat = quantize_columns(U, bits, gram, row_weights)
+        target = correct(delta, A, H, gram) if config.correction else U
+        return quantize_columns(target, bits, gram, row_weights)
 
+    U_hat = quantize_u()
+    for _ in range(config.passes - 1):
+        V_star = solve_rows(delta, U_hat.dequantize().T, row_weights)
+        s = torch.linalg.vector_norm(V_star, dim=1)
+        V_hat = quantize_rows(V_star / s[:, None], bits, H)
+        U_hat = quantize_u()
     scales = U_hat.scales.double() * s * V_hat.scales.double()
-    quantized = QuantizedDelta(U_hat.codes, V_hat.codes, bits, scales.float())
-    return MatrixResult(quantized, factors.s, simulation.errors, config.bit_widths)
+    return QuantizedDelta(U_hat.codes, V_hat.codes, bits, scales.float())
+
+
+def _check(delta: Tensor, H: Hessian, row_weights: Tensor | None) -> None:
+    n = H.matrix.shape[0]
+    if delta.dim() != 2 or delta.shape[1] != n:
+        raise ValueError(
+            f"expected ΔW [out, {n}] for a Hessian [{n}, {n}], got {list(delta.shape)}")
+    if not torch.isfinite(delta).all():
+        raise NonFiniteError("the delta holds NaN or Inf")
+    if row_weights is not None and (row_weights.shape != delta.shape[:1] or not
+                                    (torch.isfinite(row_weights) & (row_weights > 0)).all()):
+        raise ValueError(f"expected {delta.shape[0]} row weights, finite and above 0, "
+                         f"got {list(row_weights.shape)}")
 
 
 def component_bits(shape: tuple[int, int], bits: int) -> int:

@@ -9,9 +9,9 @@ from adamix import ops
 from adamix.artifacts import Hessian, Lanes
 from adamix.compression.hessian import inverse_upper
 
-# A lane's scale is sought as a share of the one that just reaches its largest entry. At b bits the
-# best share for Gaussian entries lies well inside this range; what clips more than 5/6 never wins.
-SHARES = torch.logspace(-0.78, 0.0, 32, base=10.0)
+# A lane's scale is sought between the one whose top level is the mean magnitude (the best there is
+# at 1 bit, and below the best at any other width) and the one that just reaches the largest entry.
+CANDIDATES = 32
 REFINEMENTS = 3  # alternations of nearest codes and least-squares scale after the search
 
 
@@ -34,16 +34,18 @@ def search_scales(lanes: Tensor, bits: Tensor, weights: Tensor | None = None) ->
         `[m]` fp32, positive also for a lane of zeros.
     """
     top = 2.0 ** bits.float() - 1.0
-    widest = lanes.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 2**40) / top
+    least = torch.finfo(torch.float32).tiny * 2**40
+    widest = lanes.abs().amax(dim=1).clamp_min(least) / top
+    narrowest = torch.minimum(lanes.abs().mean(dim=1).clamp_min(least) / top, widest)
     best, best_error = widest, torch.full_like(widest, torch.inf)
-    for share in SHARES.tolist():
-        scales = widest * share
+    for share in torch.linspace(0.0, 1.0, CANDIDATES).tolist():
+        scales = narrowest * (widest / narrowest) ** share
         _, error = _fit(lanes, bits, scales, weights)
         better = error < best_error
         best, best_error = torch.where(better, scales, best), torch.where(better, error, best_error)
     for _ in range(REFINEMENTS):
         fitted, _ = _fit(lanes, bits, best, weights)
-        usable = fitted > 0.5 * best
+        usable = fitted > 0
         _, error = _fit(lanes, bits, torch.where(usable, fitted, best), weights)
         better = usable & (error < best_error)
         best, best_error = torch.where(better, fitted, best), torch.where(better, error, best_error)

@@ -66,11 +66,11 @@ def _u_losses(U: Tensor, bits: Tensor, row_weights: Tensor | None) -> Tensor:
     if row_weights is not None:
         columns = columns / row_weights.sqrt().float()  # back from D^½ U to the U that is stored
     rank = columns.shape[0]
-    columns = columns.repeat(bits.shape[0] // rank, 1)
+    columns = columns.repeat(bits.shape[0] // max(rank, 1), 1)
     scales = search_scales(columns, bits, weights)
     levels = 2.0 * nearest_codes(columns, bits, scales) - (2.0 ** bits.float() - 1.0)[:, None]
     lost, kept = (columns - scales[:, None] * levels).square(), columns.square()
     if weights is not None:
         lost, kept = lost * weights, kept * weights
     rho = lost.double().sum(dim=1) / kept.double().sum(dim=1)
-    return rho.view(-1, rank).T
+    return rho.view(bits.shape[0] // max(rank, 1), rank).T

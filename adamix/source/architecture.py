@@ -34,7 +34,8 @@ def describe(folder: Path) -> Architecture:
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers cannot build this model: {reason}") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot build this model: {reason}") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears, embedding_name, head_name = set(), None, None
     for name, module in model.named_modules():

@@ -80,14 +80,16 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint, architecture: Architectu
             raise MismatchError(f"{name} is {base_dtype} in the base and {dtype} in the fine-tune")
         grown = name in vocabulary and shape[1:] == base_shape[1:] and shape[0] > base_shape[0]
         if shape != base_shape and not grown:
-            raise MismatchError(f"{name} is {list(base_shape)} in the base and {list(shape)} in the "
-                                f"fine-tune: shapes must agree (a vocabulary may only grow)")
+            raise MismatchError(
+                f"{name} is {list(base_shape)} in the base and {list(shape)} in the fine-tune: "
+                f"shapes must agree (a vocabulary may only grow)")
     if not any(name in base for name in finetuned.names):
         raise MismatchError(f"no tensor of {finetuned.source} has a name of {base.source}")
     missing = [name for name in sorted(architecture.linears) if name not in finetuned
                and not (name == architecture.head and architecture.tied)]
     if missing:
-        raise MismatchError(f"the fine-tune's config asks for {missing[0]}, which its checkpoint lacks")
+        raise MismatchError(
+            f"the fine-tune's config asks for {missing[0]}, which its checkpoint lacks")
     _check_vocabularies(base, finetuned)
 
 
@@ -95,8 +97,8 @@ def _check_vocabularies(base: Checkpoint, finetuned: Checkpoint) -> None:
     ours, theirs = _vocabulary(base), _vocabulary(finetuned)
     for token, number in ours.items():
         if token in theirs and theirs[token] != number:
-            raise MismatchError(f"the vocabularies differ: token {token!r} is {number} in the base and "
-                                f"{theirs[token]} in the fine-tune")
+            raise MismatchError(f"the vocabularies differ: token {token!r} is {number} in the base "
+                                f"and {theirs[token]} in the fine-tune")
     if ours and theirs and not ours.keys() & theirs.keys():
         raise MismatchError("the vocabularies differ: they share no token")
 

@@ -1,24 +1,24 @@
 """The delta folder, byte by byte.
 
-    delta.safetensors        int32 words, fp32 scales and int32 counts, stacked by kind of layer, and the
-                             tensors kept whole:
-                               K.words   [words]        matrices of kind K one after the other, each as
-                                                        csrc/layout/packed_layout.h draws it
-                               K.scales  [components]   likewise
-                               K.counts  [matrices, 8]  components at 8, 7, .., 1 bits
-                               whole:K   [tensors, ...] tensors of one kind, shape and dtype
-                               rows:N    [rows, hidden] rows that the base's vocabulary N lacks
-    delta_config.json        what it is: versions, base and its fingerprint, config, calibration, and
-                             what became of each tensor; K is a name with its numbers as "*", which
-                             stand beside it as "0-27"
+    delta.safetensors        matrices and the tensors kept whole, stacked by kind of layer:
+                               K.words   [words] int32         the matrices of kind K one after the
+                                                               other, each as drawn in
+                                                               csrc/layout/packed_layout.h
+                               K.scales  [components] fp32     likewise
+                               K.counts  [matrices, 8] int32   components at 8, 7, .., 1 bits
+                               whole:K   [tensors, ...]        of one kind, shape and dtype
+                               rows:N    [rows, hidden]        what the base's vocabulary N lacks
+    delta_config.json        what it is: versions, base and its fingerprint, config, calibration,
+                             and what became of each tensor; K is a name with its numbers as "*",
+                             which stand beside it as "0-27"
     compression_log.csv      a row a matrix (not needed to load)
     spectra.safetensors      singular values and simulated errors (not needed to load)
     calibration.safetensors  the token ids that calibrated (not needed to load)
     config.json, tokenizer.* copies of the fine-tune's
 
 Above 5 GB `delta.safetensors` is split into `delta-00001-of-0000N.safetensors` with
-`delta.safetensors.index.json`, as Hugging Face checkpoints are. A folder is written under a temporary
-name and renamed, so one that exists is whole.
+`delta.safetensors.index.json`, as Hugging Face checkpoints are. A folder is written under a
+temporary name and renamed, so one that exists is whole.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DELTA_FILE = "delta.safetensors"
 INDEX_FILE = "delta.safetensors.index.json"
 CONFIG_FILE = "delta_config.json"
 SHARD_BYTES = 5 * 10**9
-METADATA = {"format": FORMAT, "version": str(FORMAT_VERSION)}
+METADATA = {"format": FORMAT}  # one key: safetensors writes several in no fixed order
 
 
 @contextmanager
@@ -68,6 +68,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
+        refuse_existing(out)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         if _is_disk_full(error):
@@ -220,13 +221,13 @@ def _read_matrices(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, 
             if len(row) != ops.MAX_BITS or min(row) < 0:
                 raise ValueError(f"{name} has component counts {row}")
             length = ops.v_words(in_features, row) + ops.u_words(out_features, row)
-            matrices[name] = PackedDelta(
-                words[first_word : first_word + length], scales[first_scale : first_scale + sum(row)],
-                tuple(row), (out_features, in_features))
-            first_word, first_scale = first_word + length, first_scale + sum(row)
+            last_word, last_scale = first_word + length, first_scale + sum(row)
+            matrices[name] = PackedDelta(words[first_word:last_word], scales[first_scale:last_scale],
+                                         tuple(row), (out_features, in_features))
+            first_word, first_scale = last_word, last_scale
         if first_word != words.numel() or first_scale != scales.numel():
-            raise ValueError(f"{kind} has {words.numel()} words and {scales.numel()} scales where its "
-                             f"counts ask for {first_word} and {first_scale}")
+            raise ValueError(f"{kind} has {words.numel()} words and {scales.numel()} scales where "
+                             f"its counts ask for {first_word} and {first_scale}")
     return matrices
 
 
@@ -242,10 +243,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 if (reader.metadata() or {}).get("format") != FORMAT:
                     raise DeltaFileError(f"{file} was not written by adamix: its metadata say "
                                          f"{reader.metadata()}")
-                tensors.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118
+                for name in reader.keys():  # noqa: SIM118 (not a dict)
+                    tensors[name] = reader.get_tensor(name)
     except FileNotFoundError as error:
-        raise DeltaFileError(f"{folder} is no whole delta: {Path(error.filename or '').name or error} "
-                             "is missing") from error
+        missing = Path(error.filename or "").name or error
+        raise DeltaFileError(f"{folder} is no whole delta: {missing} is missing") from error
     except (SafetensorError, ValueError, KeyError) as error:
         if isinstance(error, DeltaFileError):
             raise

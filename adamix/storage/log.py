@@ -1,4 +1,4 @@
-"""What a compression leaves beside its delta: a row a matrix, and what the plans were chosen from."""
+"""What a compression leaves beside its delta: a row a matrix, and what its plan came from."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def read_log(folder: Path) -> list[MatrixRow]:
     kinds = {"str": str, "int": int, "float": float}
     try:
         with (folder / LOG_FILE).open(newline="") as file:
-            return [MatrixRow(**{f.name: kinds[str(f.type)](record[f.name]) for f in fields(MatrixRow)})
+            return [MatrixRow(**{field.name: kinds[str(field.type)](record[field.name])
+                                 for field in fields(MatrixRow)})
                     for record in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise DeltaFileError(f"{folder / LOG_FILE} cannot be read: {error}") from error

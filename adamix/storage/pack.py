@@ -15,7 +15,8 @@ def pack(delta: QuantizedDelta) -> PackedDelta:
         ValueError: the components are not sorted by width descending.
     """
     if (delta.bits.diff() > 0).any():
-        raise ValueError(f"components must be sorted by width descending, got {delta.bits.tolist()}")
+        raise ValueError(
+            f"components must be sorted by width descending, got {delta.bits.tolist()}")
     counts = torch.bincount(delta.bits.long(), minlength=ops.MAX_BITS + 1)[1:].flip(0).tolist()
     segments = []
     for codes in (delta.V_codes, delta.U_codes):

@@ -1,0 +1,45 @@
+"""Checkpoints as transformers models and tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from adamix.errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_model(folder: str | Path) -> transformers.PreTrainedModel:
+    """The model of a checkpoint's folder, in fp32 and eval mode.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+    return model.eval()
+
+
+def find_tokenizer(folders: Iterable[Path]) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer of the first folder that has one, None where none has.
+
+    Raises:
+        CheckpointError: its files are damaged.
+    """
+    for folder in folders:
+        if any((folder / name).exists() for name in TOKENIZER_FILES):
+            try:
+                return transformers.AutoTokenizer.from_pretrained(folder)
+            except (ValueError, KeyError, OSError, TypeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise CheckpointError(
+                    f"{folder}: its tokenizer cannot be read: {reason}") from error
+    return None

@@ -172,6 +172,8 @@ class Manifest:
         fields = {name: body[name] for name in cls.__dataclass_fields__}
         fields["compressed"] = {kind: (int(out), int(inn), str(indices))
                                 for kind, (out, inn, indices) in fields["compressed"].items()}
+        for name in ("fingerprint", "config", "calibration", "compressed", "whole", "equal"):
+            fields[name] = dict(fields[name].items())
         return cls(**fields)
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from torch import Tensor
 from adamix.calibration.texts import documents, join_answer
 from adamix.errors import AdamixError, CalibrationError, CheckpointError
 from adamix.merging import restored_model
+from adamix.parallel import workers
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import Checkpoint
 from adamix.source.models import find_tokenizer, load_model
 from adamix.storage.file import read_manifest
 
 CONTEXT = 1024  # tokens a window at most
-LOGITS_AT_ONCE = 2**27  # numbers of one forward pass: 0.5 GiB in fp32, for a vocabulary of any size
+LOGITS_AT_ONCE = 2**25  # numbers of one forward pass: 128 MiB in fp32, for any vocabulary
 SOFTMAX_AT_ONCE = 2**23  # numbers whose log-softmax is held in fp64: 64 MiB
 
 
@@ -108,21 +110,23 @@ def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
     tokenizer = tokenizer_of([path for path in (finetuned, delta, base) if path is not None])
     asked = _read_prompts(prompts, limit)
     answered = [_document(tokenizer, prompt) for prompt in asked]
-    run = _Run(tokenizer, asked, answered, _texts(tokenizer, text), max_new_tokens, batch_size,
-               context, progress or Silent())
-    reference = None if finetuned is None else load_model(Checkpoint(finetuned).folder)
+    texts = _texts(tokenizer, text)
+    scored = sum(len(ids) - 1 for ids in texts)
     scores: dict[str, Scores | None] = dict.fromkeys(("base", "fine-tune", "compressed"))
-    if reference is not None:
-        scores["fine-tune"] = run.scores("fine-tune", reference, None)
-    for name, path in (("base", base), ("compressed", delta)):
-        if path is None:
-            continue
-        restore = name == "compressed"
-        model = restored_model(str(base), path) if restore else load_model(Checkpoint(path).folder)
-        scores[name] = run.scores(name, model, reference)
-        del model
-        gc.collect()
-    scored = sum(len(text) - 1 for text in run.texts)
+    with workers() as executor:
+        run = _Run(tokenizer, asked, answered, texts, max_new_tokens, batch_size, context,
+                   progress or Silent(), executor)
+        reference = None if finetuned is None else load_model(Checkpoint(finetuned).folder)
+        if reference is not None:
+            scores["fine-tune"] = run.scores("fine-tune", reference, None)
+        if base is not None:
+            model = load_model(Checkpoint(base).folder)
+            scores["base"] = run.scores("base", model, reference)
+            del model
+            gc.collect()
+        if delta is not None:
+            model = restored_model(str(base), delta)
+            scores["compressed"] = run.scores("compressed", model, reference)
     return Evaluation(scores["base"], scores["fine-tune"], scores["compressed"], len(asked), scored)
 
 
@@ -138,6 +142,7 @@ class _Run:
     batch_size: int
     context: int
     progress: Progress
+    executor: Executor
 
     def scores(self, name: str, model: transformers.PreTrainedModel,
                reference: transformers.PreTrainedModel | None) -> Scores:
@@ -150,13 +155,15 @@ class _Run:
             windows = [window for text in self.texts
                        for window in sliding_windows(text, length, self.tokenizer.bos_token_id)]
             self.progress.stage(f"{name}: text", len(windows))
-            loss, kl_text = score_windows(model, windows, reference, self.progress)
+            loss, kl_text = score_windows(model, windows, reference,
+                                              executor=self.executor, progress=self.progress)
             perplexity = math.exp(min(loss, 700.0))
         known = _knows(model, [document.ids for document in self.answered])
         if self.answered and reference is not None and known:
             self.progress.stage(f"{name}: prompts with answers", len(self.answered))
             windows = [Window(document.ids[:limit], 1) for document in self.answered]
-            _, kl_prompts = score_windows(model, windows, reference, self.progress)
+            _, kl_prompts = score_windows(model, windows, reference,
+                                              executor=self.executor, progress=self.progress)
         if self.prompts and known:
             self.progress.stage(f"{name}: answering", len(self.prompts))
             correct = self._correct(model)
@@ -165,13 +172,17 @@ class _Run:
                       time.perf_counter() - start)
 
     def _correct(self, model: transformers.PreTrainedModel) -> int:
-        correct = 0
-        for first in range(0, len(self.prompts), self.batch_size):
-            batch = self.prompts[first : first + self.batch_size]
+        def count(batch: list[Prompt]) -> int:
             answers = answer(model, self.tokenizer, [prompt.prompt for prompt in batch],
                              max_new_tokens=self.max_new_tokens)
-            correct += sum(got.strip() == prompt.answer.strip()
-                           for got, prompt in zip(answers, batch, strict=True))
+            return sum(got.strip() == prompt.answer.strip()
+                       for got, prompt in zip(answers, batch, strict=True))
+
+        batches = [self.prompts[first : first + self.batch_size]
+                   for first in range(0, len(self.prompts), self.batch_size)]
+        correct = 0
+        for batch, hits in zip(batches, self.executor.map(count, batches), strict=True):
+            correct += hits
             self.progress.advance(len(batch))
         return correct
 
@@ -190,32 +201,40 @@ def sliding_windows(ids: Tensor, length: int, begin: int | None = None) -> Itera
             scored = end
 
 
-@torch.inference_mode()
 def score_windows(model: transformers.PreTrainedModel, windows: Sequence[Window],
-                  reference: transformers.PreTrainedModel | None = None,
-                  progress: Progress | None = None) -> tuple[float, float | None]:
+                  reference: transformers.PreTrainedModel | None = None, *,
+                  executor: Executor | None = None, progress: Progress | None = None
+                  ) -> tuple[float, float | None]:
     """Mean cross-entropy, and mean KL(reference ‖ model) over the vocabulary that both have.
 
     Args:
         model: in eval mode.
         windows: any lengths >= 2.
         reference: None for no KL.
+        executor: runs the batches; None for one after the other.
 
     Returns:
         Both in nats a scored token; the second None without a reference.
     """
-    loss = divergence = 0.0
-    tokens = 0
-    for batch in _batches(windows, model.config.get_text_config().vocab_size):
+    @torch.inference_mode()
+    def score(batch: list[Window]) -> tuple[float, float, int]:
         ids = torch.stack([window.ids for window in batch])
         logits = model(input_ids=ids, use_cache=False).logits
         theirs = None if reference is None else reference(input_ids=ids, use_cache=False).logits
+        loss = divergence = 0.0
         for row, window in enumerate(batch):
             predicting = slice(window.first - 1, len(window.ids) - 1)
             other = None if theirs is None else theirs[row, predicting]
             part = _sums(logits[row, predicting], window.ids[window.first :], other)
             loss, divergence = loss + part[0], divergence + part[1]
-            tokens += len(window.ids) - window.first
+        return loss, divergence, sum(len(window.ids) - window.first for window in batch)
+
+    batches = list(_batches(windows, model.config.get_text_config().vocab_size))
+    loss = divergence = 0.0
+    tokens = 0
+    parts = map(score, batches) if executor is None else executor.map(score, batches)
+    for batch, part in zip(batches, parts, strict=True):
+        loss, divergence, tokens = loss + part[0], divergence + part[1], tokens + part[2]
         if progress is not None:
             progress.advance(len(batch))
     tokens = max(tokens, 1)
@@ -316,7 +335,8 @@ def _texts(tokenizer: transformers.PreTrainedTokenizerBase, source: str | Path |
     """Token ids of each document."""
     if source is None:
         return []
-    rows = [tokenizer(document)["input_ids"] for document in documents(source, tokenizer)]
+    rows = [tokenizer(document)["input_ids"] for document in documents(source, tokenizer)
+            if document.strip()]
     texts = [torch.tensor(row, dtype=torch.long) for row in rows if len(row) >= 2]
     if not texts:
         raise CalibrationError(f"{source} holds no text")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
+
+RUN = re.compile(r"(?P<leading>(\d+\.)*)(?P<first>\d+)(-(?P<last>\d+))?", re.ASCII)
 
 
 def kind_of(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `model.layers.*.mlp.up_proj.weight`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join("*" if _is_number(part) else part for part in name.split("."))
 
 
 def index_of(name: str) -> tuple[int, ...]:
     """The numbers in a name, in order: `model.layers.3.mlp.up_proj.weight` -> `(3,)`."""
-    return tuple(int(part) for part in name.split(".") if part.isdigit())
+    return tuple(int(part) for part in name.split(".") if _is_number(part))
+
+
+def _is_number(part: str) -> bool:
+    """A number as it would be written again: not `01`."""
+    return part.isascii() and part.isdigit() and str(int(part)) == part
 
 
 def name_of(kind: str, index: tuple[int, ...]) -> str:
@@ -68,10 +76,11 @@ def read_indices(kind: str, text: str) -> list[str]:
         return [kind]
     names = []
     for run in text.split():
-        *leading, span = run.split(".")
-        first, _, last = span.partition("-")
-        prefix = tuple(map(int, leading))
-        if len(prefix) + 1 != kind.split(".").count("*"):
+        found = RUN.fullmatch(run)
+        leading = tuple(map(int, found["leading"].split(".")[:-1])) if found else ()
+        first = int(found["first"]) if found else 0
+        last = int(found["last"] or first) if found else -1
+        if last < first or len(leading) + 1 != kind.split(".").count("*"):
             raise ValueError(f"{run!r} does not number {kind}")
-        names += [name_of(kind, (*prefix, i)) for i in range(int(first), int(last or first) + 1)]
+        names += [name_of(kind, (*leading, i)) for i in range(first, last + 1)]
     return names

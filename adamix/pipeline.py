@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
 from adamix.errors import CalibrationError, NonFiniteError
 from adamix.naming import group_by_kind, write_indices
+from adamix.parallel import workers
 from adamix.progress import Progress, Silent, timed
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import COPIED, Checkpoint
@@ -117,16 +116,21 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     sources = Checkpoint(base), Checkpoint(finetuned)
     architecture = describe(sources[1].folder)
     check_pair(*sources, architecture)
-    with new_folder(out) as folder, _workers(threads) as executor:
+    with new_folder(out) as folder, workers(threads) as executor:
+        tokens = None
+        if calibration is not None:  # read before the models: a fault in it shows at once
+            tokens = _read_tokens(sources[1], config, calibration, progress)
         with timed(seconds, "read"):
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
                            on_tensor=lambda name: progress.advance())
-        model = load_model(sources[1].folder)
-        with timed(seconds, "calibration tokens"):
-            tokens, origin = _tokens(model, sources[1], config, calibration, executor, progress)
-        manifest = _manifest(sources, found, config, origin)
+        manifest = _manifest(sources, found, config, _origin(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
+        model = load_model(sources[1].folder)
+        if tokens is None:
+            with timed(seconds, "calibration tokens"):
+                tokens = _sample_tokens(model, sources[1], config, executor, progress)
+            manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
         run = _Run(sources, found, architecture, config, budget.bits, executor, progress, seconds)
         matrices = run.matrices(model, tokens)
         progress.stage("writing", 1)
@@ -235,51 +239,49 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-@contextmanager
-def _workers(threads: int | None) -> Iterator[Executor]:
-    """Threads side by side, with one thread inside each product and factorization: what a sum is
-    made of then depends on neither."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        executor = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
-        try:
-            yield executor
-        finally:
-            executor.shutdown(cancel_futures=True)  # after an error nothing queued is begun
-    finally:
-        torch.set_num_threads(before)
-
-
-def _tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
-            calibration: str | Path | Sequence[str] | None, executor: Executor, progress: Progress
-            ) -> tuple[Tensor, dict[str, object]]:
-    """Token ids to calibrate with, and where they came from."""
+def _read_tokens(finetuned: Checkpoint, config: Config,
+                 calibration: str | Path | Sequence[str], progress: Progress) -> Tensor:
+    """Token ids of a text to calibrate with."""
     tokenizer = find_tokenizer([finetuned.folder])
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(config.calibration_length, limit or config.calibration_length)
-    count = config.calibration_sequences
-    if calibration is None:
-        progress.stage("sampling calibration text", count)
-        start = tokenizer.bos_token_id if tokenizer and tokenizer.bos_token_id is not None else (
-            tokenizer.eos_token_id if tokenizer else None)
-        start = model.config.get_text_config().bos_token_id if start is None else start
-        if start is None:
-            raise CalibrationError("the model names no token that begins a text: "
-                                   "give --calibration FILE")
-        tokens = sample(model, start, tokenizer.eos_token_id if tokenizer else None,
-                        sequences=count, length=length, seed=config.seed, executor=executor,
-                        on_chunk=progress.advance)
-        label = "self"
-    else:
-        if tokenizer is None:
-            raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
-        progress.stage("tokenizing calibration text", 1)
-        tokens = tokenize(calibration, tokenizer, sequences=count, length=length, seed=config.seed)
-        label = str(calibration) if isinstance(calibration, (str, Path)) else "strings"
-        progress.advance()
-    return tokens, {"source": label, "sequences": tokens.shape[0], "length": tokens.shape[1],
-                    "sha256": token_hash(tokens)}
+    if tokenizer is None:
+        raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
+    progress.stage("tokenizing calibration text", 1)
+    settings = finetuned.config.get("text_config", finetuned.config)
+    limit = settings.get("max_position_embeddings") if isinstance(settings, dict) else None
+    tokens = tokenize(calibration, tokenizer, sequences=config.calibration_sequences,
+                      length=min(config.calibration_length, limit or config.calibration_length),
+                      seed=config.seed)
+    progress.advance()
+    return tokens
+
+
+def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
+                   executor: Executor, progress: Progress) -> Tensor:
+    """Token ids that the fine-tuned model writes itself."""
+    tokenizer = find_tokenizer([finetuned.folder])
+    settings = model.config.get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    end = tokenizer.eos_token_id if tokenizer else settings.eos_token_id
+    begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
+    start = next((token for token in begins if token is not None), None)
+    if not isinstance(start, int):
+        raise CalibrationError("the model names no token that begins a text: "
+                               "give --calibration FILE")
+    progress.stage("sampling calibration text", config.calibration_sequences)
+    return sample(model, start, end if isinstance(end, int) else None,
+                  sequences=config.calibration_sequences,
+                  length=min(config.calibration_length, limit or config.calibration_length),
+                  seed=config.seed, executor=executor, on_chunk=progress.advance)
+
+
+def _origin(calibration: str | Path | Sequence[str] | None, config: Config,
+            tokens: Tensor | None = None) -> dict[str, object]:
+    """Where the calibration comes from; without tokens in the most characters that it can take."""
+    label = str(calibration) if isinstance(calibration, (str, Path)) else "strings"
+    shape = (config.calibration_sequences, config.calibration_length)
+    rows, length = shape if tokens is None else tokens.shape
+    return {"source": "self" if calibration is None else label, "sequences": rows, "length": length,
+            "sha256": "0" * 64 if tokens is None else token_hash(tokens)}
 
 
 def _manifest(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Config,

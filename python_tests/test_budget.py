@@ -91,7 +91,7 @@ def test_bits_per_weight_hold_for_each_matrix_with_its_scales_and_counts(pairs, 
 
 @pytest.mark.parametrize("options, words", [
     (dict(ratio=1000), ["ratio 1000", "smaller ratio"]),
-    (dict(ratio=20), ["one component", "smaller ratio"]),
+    (dict(ratio=20, bit_widths=(8,)), ["one component", "smaller ratio"]),
     (dict(ratio=8, embeddings=False), ["ratio 8", "whole"]),
     (dict(bits_per_weight=0.05), ["one component", "bits a weight"])])
 def test_too_small_a_budget_is_refused_before_any_calibration(

@@ -1,6 +1,5 @@
 """What a compression leaves beside its delta, written and read back."""
 
-import csv
 from dataclasses import replace
 
 import pytest

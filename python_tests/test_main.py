@@ -213,7 +213,7 @@ def test_missing_and_existing_folders_are_named(tmp_path):
     refused(call("merge", pair.base, pair.delta, "-o", tmp_path), "exists")
     refused(call("merge", pair.base, missing, "-o", tmp_path / "out"), "missing is no delta")
     refused(call("generate", missing, "ab"), "missing is no folder")
-    refused(call("evaluate", pair.base, pair.finetuned, "--text", missing), "cannot be read")
+    refused(call("evaluate", pair.base, pair.finetuned, "--text", missing), "is no file")
     assert not list(tmp_path.iterdir())
 
 

@@ -40,7 +40,7 @@ def checkpoint(folder, tensors, vocabulary=None, **config):
 
 @pytest.fixture
 def decide(tmp_path):
-    """(base's tensor, fine-tune's tensor) -> its target among the common weights, which are equal."""
+    """(base's tensor, fine-tune's tensor) -> its target; the common weights beside it are equal."""
 
     def call(name, old, new, architecture=UNTIED, **options):
         sides = [{**common(0), name: tensor} for tensor in (old, new)]

@@ -56,8 +56,8 @@ def test_a_text_file_is_one_document(tmp_path, tokenizer):
 
 
 def test_a_list_is_a_document_a_string_each_with_begin_and_end(tokenizer):
-    expected = ids("ab", tokenizer) + ids("c", tokenizer) + ids("", tokenizer)
-    assert flat(["ab", "c", ""], tokenizer) == expected
+    expected = ids("ab", tokenizer) + ids("c", tokenizer)
+    assert flat(["ab", "", "c"], tokenizer) == expected  # an empty one adds nothing
     assert expected[:4] == [BOS, *tokenizer.convert_tokens_to_ids(["a", "b"]), EOS]
 
 

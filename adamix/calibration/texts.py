@@ -35,6 +35,8 @@ def tokenize(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerB
     wanted = sequences * length * 4  # a few times what is needed, to choose from
     ids: list[int] = []
     for document in documents(source, tokenizer):
+        if not document.strip():
+            continue
         ids += tokenizer(document)["input_ids"]
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
@@ -88,20 +90,25 @@ def documents(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizer
 
 
 def _json_lines(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if "messages" in record:
-                yield tokenizer.apply_chat_template(record["messages"], tokenize=False)
-            elif "text" in record:
-                yield record["text"]
-            else:
-                yield join_answer(record["prompt"], record["answer"])
-        except (ValueError, KeyError, TypeError) as error:
+            document = _document(json.loads(line), tokenizer)
+        except Exception as error:  # a chat template is a program of the tokenizer's: any fault
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CalibrationError(f'{path}, line {number}: expected JSON with "text", "prompt" '
-                                   f'and "answer", or "messages": {error}') from error
+                                   f'and "answer", or "messages": {reason}') from error
+        yield document
+
+
+def _document(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> str:
+    if "messages" in record:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    parts = [record["text"]] if "text" in record else [record["prompt"], record["answer"]]
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError("a part is no text")
+    return join_answer(*parts) if len(parts) == 2 else parts[0]
 
 
 def _dataset(name: str) -> Iterator[str]:

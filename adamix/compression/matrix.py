@@ -104,8 +104,8 @@ def _check(delta: Tensor, H: Hessian, row_weights: Tensor | None) -> None:
         raise NonFiniteError("the delta holds NaN or Inf")
     if row_weights is not None and (row_weights.shape != delta.shape[:1] or not
                                     (torch.isfinite(row_weights) & (row_weights > 0)).all()):
-        raise ValueError(f"expected {delta.shape[0]} row weights, finite and above 0, "
-                         f"got {list(row_weights.shape)}")
+        raise ValueError(f"row_weights must be {delta.shape[0]} finite numbers above 0, got "
+                         f"{list(row_weights.shape)} from {row_weights.min().item():g} on")
 
 
 def component_bits(shape: tuple[int, int], bits: int) -> int:

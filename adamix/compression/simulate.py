@@ -50,7 +50,7 @@ def simulate(factors: Factors, H: Hessian, widths: tuple[int, ...], *, include_u
     errors = power[:, None] * _energy(lost, H).view(len(widths), rank).T
     whole = power * _energy(factors.V, H)
     if include_u:
-        errors = errors + whole[:, None] * _u_losses(factors.U, bits, row_weights)
+        errors = errors + whole[:, None] * _u_losses(factors.U, widths, row_weights)
     return Simulation(torch.cat([errors, whole[:, None]], dim=1), widths, rows)
 
 
@@ -59,18 +59,19 @@ def _energy(rows: Tensor, H: Hessian) -> Tensor:
     return ((rows @ H.matrix) * rows).sum(dim=1)
 
 
-def _u_losses(U: Tensor, bits: Tensor, row_weights: Tensor | None) -> Tensor:
+def _u_losses(U: Tensor, widths: tuple[int, ...], row_weights: Tensor | None) -> Tensor:
     """ρ `[rank, widths]`: lost share of each column's energy, with its own quantizer and scale."""
     weights = None if row_weights is None else row_weights.float()
     columns = U.T.float()
     if row_weights is not None:
         columns = columns / row_weights.sqrt().float()  # back from D^½ U to the U that is stored
     rank = columns.shape[0]
-    columns = columns.repeat(bits.shape[0] // max(rank, 1), 1)
+    bits = torch.tensor(widths, dtype=torch.int32).repeat_interleave(rank)
+    columns = columns.repeat(len(widths), 1)
     scales = search_scales(columns, bits, weights)
     levels = 2.0 * nearest_codes(columns, bits, scales) - (2.0 ** bits.float() - 1.0)[:, None]
     lost, kept = (columns - scales[:, None] * levels).square(), columns.square()
     if weights is not None:
         lost, kept = lost * weights, kept * weights
     rho = lost.double().sum(dim=1) / kept.double().sum(dim=1)
-    return rho.view(bits.shape[0] // max(rank, 1), rank).T
+    return rho.view(len(widths), rank).T

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from adamix.errors import CheckpointError
@@ -32,7 +33,7 @@ def describe(folder: Path) -> Architecture:
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{folder}: transformers cannot build this model: {reason}") from error

@@ -45,11 +45,14 @@ class Checkpoint:
     def config(self) -> dict[str, object]:
         """`config.json`."""
         try:
-            return json.loads((self.folder / "config.json").read_text())
+            config = json.loads((self.folder / "config.json").read_text())
         except FileNotFoundError:
             raise CheckpointError(f"{self.source} has no config.json") from None
         except ValueError as error:
             raise CheckpointError(f"{self.source}/config.json is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{self.source}/config.json is no JSON object")
+        return config
 
     @property
     def names(self) -> list[str]:
@@ -94,8 +97,11 @@ class Checkpoint:
     def _index(self) -> dict[str, str]:
         if (self.folder / INDEX_FILE).exists():
             try:
-                return dict(json.loads((self.folder / INDEX_FILE).read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                weight_map = json.loads((self.folder / INDEX_FILE).read_text())["weight_map"]
+                if not all(isinstance(file, str) for file in weight_map.values()):
+                    raise TypeError("a shard's name is no text")
+                return dict(weight_map)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{self.source}/{INDEX_FILE} has no weight_map") from error
         if not (self.folder / SINGLE_FILE).exists():
             raise CheckpointError(

@@ -104,15 +104,17 @@ def _check_vocabularies(base: Checkpoint, finetuned: Checkpoint) -> None:
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
-    """{token: id} of `tokenizer.json`, empty where there is none or it lists no such thing."""
+    """{token: id} of `tokenizer.json`, special tokens included; empty where there is none."""
     path = checkpoint.folder / "tokenizer.json"
     if not path.exists():
         return {}
     try:
-        vocabulary = json.loads(path.read_text())["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
+        body = json.loads(path.read_text())
+        vocabulary = body["model"]["vocab"]
+        added = {token["content"]: token["id"] for token in body.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MismatchError(f"{path} is no tokenizer file: {error}") from error
-    return vocabulary if isinstance(vocabulary, dict) else {}
+    return (vocabulary if isinstance(vocabulary, dict) else {}) | added
 
 
 def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> WeightPair:
@@ -168,7 +170,9 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
     shared = tensor[: shape[0]] if extra_rows else tensor
     if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
         treatment = Treatment.EQUAL
-    elif (is_vocabulary and not compress_embeddings) or len(shape) != 2 or min(shape) < SMALL:
+    elif is_vocabulary and not compress_embeddings:
+        treatment = Treatment.WHOLE
+    elif len(shape) != 2 or min(shape) < SMALL or not tensor.is_floating_point():
         treatment = Treatment.WHOLE
     elif name in architecture.linears:
         treatment = Treatment.LINEAR

@@ -29,7 +29,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         OutputError: `out` exists, cannot be made, or the disk is full.
     """
     refuse_existing(out)
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -76,11 +77,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            for parent in made:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
 
 
 def refuse_existing(out: Path) -> None:
     """Raise OutputError where `out` exists; called before any long work."""
-    if out.exists() or out.is_symlink():
+    try:
+        exists = out.exists() or out.is_symlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror}") from error
+    if exists:
         raise OutputError(f"{out} exists: choose another output folder or remove it")
 
 
@@ -139,7 +148,8 @@ def write_delta(delta: ModelDelta, folder: Path, *, shard_bytes: int = SHARD_BYT
     tensors = delta_tensors(delta)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="delta{suffix}.safetensors", max_shard_size=shard_bytes)
-    for filename, names in plan.filename_to_tensors.items():
+    files = plan.filename_to_tensors or {DELTA_FILE: []}  # a fine-tune that is the base
+    for filename, names in files.items():
         save_file({name: tensors[name] for name in names}, folder / filename, metadata=METADATA)
         os.chmod(folder / filename, 0o644)
     if plan.is_sharded:
@@ -178,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
                                  f"compress again or install the matching adamix")
     try:
         return Manifest.from_dict(body)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeltaFileError(f"{path} is incomplete: {error}") from error
 
 
@@ -200,7 +210,7 @@ def read_delta(folder: Path) -> ModelDelta:
         extra_rows = {name: tensors.pop(f"rows:{name}") for name in manifest.extra_rows}
     except KeyError as error:
         raise DeltaFileError(f"{folder / DELTA_FILE} lacks the tensor {error}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise DeltaFileError(f"{folder / DELTA_FILE} does not fit its config: {error}") from error
     if tensors:
         raise DeltaFileError(f"{folder / DELTA_FILE} holds a tensor that {CONFIG_FILE} does not "
@@ -213,17 +223,19 @@ def _read_matrices(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, 
     for kind, (out_features, in_features, indices) in manifest.compressed.items():
         words, scales = tensors.pop(f"{kind}.words"), tensors.pop(f"{kind}.scales")
         counts = tensors.pop(f"{kind}.counts")
-        if words.dtype != torch.int32 or scales.dtype != torch.float32:
-            raise ValueError(f"{kind} must be int32 words and fp32 scales, "
-                             f"got {words.dtype} and {scales.dtype}")
+        dtypes = (words.dtype, scales.dtype, counts.dtype)
+        if dtypes != (torch.int32, torch.float32, torch.int32):
+            raise ValueError(f"{kind} must be int32 words, fp32 scales and int32 counts, got "
+                             f"{', '.join(map(str, dtypes))}")
         first_word = first_scale = 0
         for name, row in zip(read_indices(kind, indices), counts.tolist(), strict=True):
             if len(row) != ops.MAX_BITS or min(row) < 0:
                 raise ValueError(f"{name} has component counts {row}")
             length = ops.v_words(in_features, row) + ops.u_words(out_features, row)
             last_word, last_scale = first_word + length, first_scale + sum(row)
-            matrices[name] = PackedDelta(words[first_word:last_word], scales[first_scale:last_scale],
-                                         tuple(row), (out_features, in_features))
+            matrices[name] = PackedDelta(
+                words[first_word:last_word], scales[first_scale:last_scale], tuple(row),
+                (out_features, in_features))
             first_word, first_scale = last_word, last_scale
         if first_word != words.numel() or first_scale != scales.numel():
             raise ValueError(f"{kind} has {words.numel()} words and {scales.numel()} scales where "
@@ -236,7 +248,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         if (folder / INDEX_FILE).exists():
             index = json.loads((folder / INDEX_FILE).read_text())
-            files = sorted({folder / name for name in index["weight_map"].values()})
+            files = sorted({folder / str(name) for name in index["weight_map"].values()})
         tensors = {}
         for file in files:
             with safe_open(file, framework="pt") as reader:
@@ -248,7 +260,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         missing = Path(error.filename or "").name or error
         raise DeltaFileError(f"{folder} is no whole delta: {missing} is missing") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DeltaFileError):
             raise
         raise DeltaFileError(f"{files[0]} is damaged or truncated: {error}") from error

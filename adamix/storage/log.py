@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,10 +100,20 @@ def write_spectra(folder: Path, spectra: dict[str, Spectrum]) -> None:
 
 
 def read_spectra(folder: Path) -> dict[str, Spectrum]:
-    """Read spectra.safetensors; empty where there is none."""
+    """Read spectra.safetensors; empty where there is none.
+
+    Raises:
+        DeltaFileError: it is damaged.
+    """
     if not (folder / SPECTRA_FILE).exists():
         return {}
-    tensors = load_file(folder / SPECTRA_FILE)
+    try:
+        return _spectra(load_file(folder / SPECTRA_FILE))
+    except (SafetensorError, KeyError, OSError) as error:
+        raise DeltaFileError(f"{folder / SPECTRA_FILE} cannot be read: {error}") from error
+
+
+def _spectra(tensors: dict[str, Tensor]) -> dict[str, Spectrum]:
     names = [key.removesuffix(".widths") for key in tensors if key.endswith(".widths")]
     return {name: Spectrum(tensors[f"{name}.singular_values"], tensors[f"{name}.errors"],
                            tuple(tensors[f"{name}.widths"].tolist())) for name in names}

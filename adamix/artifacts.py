@@ -70,7 +70,7 @@ class Lanes:
 
 @dataclass(frozen=True)
 class QuantizedDelta:
-    """Δ̂ = Û_int · diag(scales) · V̂_int, components by width descending, then by original index."""
+    """Δ̂ = Û_int · diag(scales) · V̂_int, components by width descending, then by index."""
 
     U_codes: Tensor  # [rank, out] uint8, one lane a column of Û
     V_codes: Tensor  # [rank, in] uint8

@@ -40,6 +40,8 @@ def plan_budget(found: Survey, manifest: Manifest, config: Config) -> Budget:
     weights = sum(_numel(t) for t in matrices)
     bytes_16bit = MODEL_BITS // 8 * (sum(_numel(t) for t in (*matrices, *others))
                                      + sum(t.extra_rows * t.shape[1] for t in grown))
+    if bytes_16bit == 0 and config.ratio is not None:
+        raise BudgetError("the models do not differ: there is nothing to compress")
     if config.ratio is None:
         shares = {t.name: config.budget_bits(t.shape) - 8 * COUNTS_BYTES for t in matrices}
     else:

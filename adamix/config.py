@@ -85,6 +85,7 @@ class Config:
         _require("damping", 0 < self.damping < 1, "in (0, 1)", self)
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)
+        _require("seed", 0 <= self.seed < 2**63, "in 0..2**63 - 1", self)
         _require("calibration_length", self.calibration_length >= 2, ">= 2", self)
 
     @classmethod

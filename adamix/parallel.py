@@ -16,7 +16,13 @@ import torch
 
 @contextmanager
 def workers(threads: int | None = None) -> Iterator[Executor]:
-    """An executor of `threads` threads (default: the cores that this process may use)."""
+    """An executor of `threads` threads (default: the cores that this process may use).
+
+    Raises:
+        ValueError: `threads` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be >= 1, got {threads}")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     executor = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))

@@ -30,7 +30,7 @@ def main() -> None:
     adamix("inspect", DEMO / "delta", "--plot", DEMO)
     adamix("generate", EXAMPLES / "base", "--delta", DEMO / "delta", "Add 47 and 85.")
     pictures = sorted(path.relative_to(ROOT) for path in (ROOT / DEMO).glob("*.png"))
-    print(f"\nThe delta is in {DEMO / 'delta'}, the pictures are {' and '.join(map(str, pictures))}"
+    print(f"\nThe delta: {DEMO / 'delta'}. The pictures: {' and '.join(map(str, pictures))}."
           f"\nThat took {time.perf_counter() - start:.0f} s. The same for models of your own:"
           f"\n\n  .venv/bin/adamix compress BASE FINETUNED -o DELTA --ratio 16")
 

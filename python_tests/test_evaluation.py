@@ -86,7 +86,8 @@ def test_kl_on_prompts_covers_prompt_answer_and_end():
     model, reference = in_float64(load(pair.base)), in_float64(load(pair.finetuned))
     total, tokens = 0.0, 0
     for prompt in PROMPTS:
-        ids = torch.tensor([*tokenizer()(join_answer(prompt.prompt, prompt.answer))["input_ids"], 2])
+        document = join_answer(prompt.prompt, prompt.answer)
+        ids = torch.tensor([*tokenizer()(document)["input_ids"], 2])
         total += token_by_token(model, reference, ids, 128)[1] * (len(ids) - 1)
         tokens += len(ids) - 1
     assert found.base.kl_prompts == pytest.approx(total / tokens, rel=1e-3)

@@ -71,7 +71,7 @@ def _chunks(sequences: int, rows: int) -> Iterator[tuple[int, int]]:
 @torch.inference_mode()
 def _sample_chunk(model: PreTrainedModel, start: int, end: int | None, rows: int, length: int,
                   seed: int, first: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
     tokens = torch.full((rows, length), start, dtype=torch.long)
     cache = None
     for position in range(1, length):

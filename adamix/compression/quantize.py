@@ -12,7 +12,7 @@ from adamix.compression.hessian import inverse_upper
 # A lane's scale is sought between the one whose top level is the mean magnitude (the best there is
 # at 1 bit, and below the best at any other width) and the one that just reaches the largest entry.
 CANDIDATES = 32
-REFINEMENTS = 3  # alternations of nearest codes and least-squares scale after the search
+REFINEMENTS = 5  # alternations of nearest codes and least-squares scale after the search
 
 
 def nearest_codes(lanes: Tensor, bits: Tensor, scales: Tensor) -> Tensor:

@@ -111,10 +111,12 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     try:
         body = json.loads(path.read_text())
         vocabulary = body["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of their ids
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in body.get("added_tokens") or []}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MismatchError(f"{path} is no tokenizer file: {error}") from error
-    return (vocabulary if isinstance(vocabulary, dict) else {}) | added
+    return {**vocabulary, **added}
 
 
 def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> WeightPair:

@@ -227,6 +227,8 @@ def _read_matrices(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, 
         if dtypes != (torch.int32, torch.float32, torch.int32):
             raise ValueError(f"{kind} must be int32 words, fp32 scales and int32 counts, got "
                              f"{', '.join(map(str, dtypes))}")
+        if not torch.isfinite(scales).all():
+            raise ValueError(f"{kind} has a scale that is NaN or Inf")
         first_word = first_scale = 0
         for name, row in zip(read_indices(kind, indices), counts.tolist(), strict=True):
             if len(row) != ops.MAX_BITS or min(row) < 0:

@@ -30,7 +30,8 @@ test-python: install
 	python -m pytest -q
 
 lint: install
-	ruff check adamix benchmarks python_tests setup.py
+	ruff check .
+	clang-format --dry-run -Werror $$(find csrc cpp_tests -type f)
 
 install: $(VENV)/.installed
 

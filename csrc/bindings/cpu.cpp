@@ -28,9 +28,9 @@ Tensor pack(const Tensor& codes, int64_t bits) {
   for (int64_t lane = 0; lane < view.rows; ++lane) {
     uint8_t widest = 0;
     for (int64_t i = 0; i < view.cols; ++i) widest = std::max(widest, view.row(lane)[i]);
-    STD_TORCH_CHECK(widest <= max_code(static_cast<int>(bits)), "pack: codes of ", bits,
-                    " bits must be at most ", max_code(static_cast<int>(bits)), ", got ",
-                    int{widest}, " in lane ", lane);
+    ADAMIX_CHECK(widest <= max_code(static_cast<int>(bits)), "pack: codes of ", bits,
+                 " bits must be at most ", max_code(static_cast<int>(bits)), ", got ", int{widest},
+                 " in lane ", lane);
   }
   const int width = static_cast<int>(bits);
   const Tensor words = new_matrix(codes, view.rows, lane_words(view.cols, width), ScalarType::Int);
@@ -112,9 +112,9 @@ void check_slots_in_use(const char* op, MatrixView<const int64_t> table, const i
     const int64_t slot = slots[token];
     if (slot < 0 || slot >= table.rows || checked[slot]) continue;
     checked[slot] = true;
-    STD_TORCH_CHECK(slot_fits(table.row(slot), in, out, arena_words), op, ": table row ", slot,
-                    " does not fit: its offsets and counts, for ", in, " inputs and ", out,
-                    " outputs, lead out of the arena of ", arena_words, " words");
+    ADAMIX_CHECK(slot_fits(table.row(slot), in, out, arena_words), op, ": table row ", slot,
+                 " does not fit: its offsets and counts, for ", in, " inputs and ", out,
+                 " outputs, lead out of the arena of ", arena_words, " words");
   }
 }
 
@@ -155,16 +155,16 @@ void add_delta(const char* op, const Tensor& y, const Tensor& x, const Tensor& a
 }
 
 void check_activations(const char* op, const char* name, const Tensor& tensor, const char* shape) {
-  STD_TORCH_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
-                  " must be float16, bfloat16 or float32, got ", dtype_name(tensor.scalar_type()));
+  ADAMIX_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
+               " must be float16, bfloat16 or float32, got ", dtype_name(tensor.scalar_type()));
   Arg{op, name, tensor}.has_rank(2, shape);
 }
 
 Tensor delta_gemm(const Tensor& x, const Tensor& arena, const Tensor& table, const Tensor& slots,
                   int64_t out_features) {
   check_activations("delta_gemm", "x", x, "[tokens, in]");
-  STD_TORCH_CHECK(out_features >= 0, "delta_gemm: out_features must not be negative, got ",
-                  out_features);
+  ADAMIX_CHECK(out_features >= 0, "delta_gemm: out_features must not be negative, got ",
+               out_features);
   const Tensor y = torch::stable::new_zeros(x, {x.size(0), out_features}, x.scalar_type());
   add_delta("delta_gemm", y, x, arena, table, slots);
   return y;
@@ -173,12 +173,12 @@ Tensor delta_gemm(const Tensor& x, const Tensor& arena, const Tensor& table, con
 void delta_gemm_(const Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& table,
                  const Tensor& slots) {
   check_activations("delta_gemm_", "y", y, "[tokens, out]");
-  STD_TORCH_CHECK(y.size(1) <= 1 || y.stride(1) == 1,
-                  "delta_gemm_: y must have adjacent elements in a row (stride 1), got stride ",
-                  y.stride(1));
-  STD_TORCH_CHECK(y.size(0) <= 1 || y.stride(0) >= y.size(1),
-                  "delta_gemm_: rows of y must not overlap: expected a row stride of at least ",
-                  y.size(1), ", got ", y.stride(0));
+  ADAMIX_CHECK(y.size(1) <= 1 || y.stride(1) == 1,
+               "delta_gemm_: y must have adjacent elements in a row (stride 1), got stride ",
+               y.stride(1));
+  ADAMIX_CHECK(y.size(0) <= 1 || y.stride(0) >= y.size(1),
+               "delta_gemm_: rows of y must not overlap: expected a row stride of at least ",
+               y.size(1), ", got ", y.stride(0));
   add_delta("delta_gemm_", y, x, arena, table, slots);
 }
 

@@ -14,7 +14,7 @@ namespace {
 using torch::stable::contiguous;
 
 void check_cuda(const char* op, cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
+  ADAMIX_CHECK(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
 }
 
 // torch's current stream. The function is no global symbol and is missing where torch has no CUDA,
@@ -28,8 +28,8 @@ cudaStream_t current_stream(const char* op, int32_t device) {
     return reinterpret_cast<CurrentStream>(symbol);
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(get != nullptr && get(device, &stream) == 0, op,
-                  ": torch does not tell its current CUDA stream; is this torch built with CUDA?");
+  ADAMIX_CHECK(get != nullptr && get(device, &stream) == 0, op,
+               ": torch does not tell its current CUDA stream; is this torch built with CUDA?");
   return static_cast<cudaStream_t>(stream);
 }
 

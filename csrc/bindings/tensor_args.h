@@ -3,10 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common/matrix_view.h"
 #include "layout/packed_layout.h"
@@ -18,6 +18,30 @@ namespace adamix::bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline void append(std::string& text, const std::string& part) {
+  text += part;
+}
+
+template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+void append(std::string& text, Integer part) {
+  text += std::to_string(part);
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string text;
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
+}
+
+// Not STD_TORCH_CHECK: that one writes through std::ostringstream, and where a compiler links
+// libstdc++ statically into this library, its streams crash beside the shared libstdc++ of torch
+// (seen with GCC 13). It would also put a source line in front of the sentence.
+#define ADAMIX_CHECK(condition, ...)                         \
+  do {                                                       \
+    if (!(condition)) ::adamix::bindings::fail(__VA_ARGS__); \
+  } while (false)
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -36,11 +60,10 @@ inline const char* dtype_name(ScalarType dtype) {
 }
 
 inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
 }
 
 // An argument together with the words that name it: "gptq: hinv".
@@ -50,27 +73,26 @@ struct Arg {
   const Tensor& tensor;
 
   const Arg& has_dtype(ScalarType dtype) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype),
-                    ", got ", dtype_name(tensor.scalar_type()));
+    ADAMIX_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype),
+                 ", got ", dtype_name(tensor.scalar_type()));
     return *this;
   }
 
   const Arg& has_rank(int64_t rank, const char* shape) const {
-    STD_TORCH_CHECK(tensor.dim() == rank, op, ": ", name, " must have ", rank, " dimensions, ",
-                    shape, ", got ", shape_text(tensor));
+    ADAMIX_CHECK(tensor.dim() == rank, op, ": ", name, " must have ", rank, " dimensions, ", shape,
+                 ", got ", shape_text(tensor));
     return *this;
   }
 
   const Arg& has_size(int64_t dim, int64_t size, const char* meaning) const {
-    STD_TORCH_CHECK(tensor.size(dim) == size, op, ": ", name, " must be ", size, " (", meaning,
-                    ") in dimension ", dim, ", got shape ", shape_text(tensor));
+    ADAMIX_CHECK(tensor.size(dim) == size, op, ": ", name, " must be ", size, " (", meaning,
+                 ") in dimension ", dim, ", got shape ", shape_text(tensor));
     return *this;
   }
 };
 
 inline void check_bits(const char* op, int64_t bits) {
-  STD_TORCH_CHECK(bits >= 1 && bits <= kMaxBits, op, ": bits must be 1..", kMaxBits, ", got ",
-                  bits);
+  ADAMIX_CHECK(bits >= 1 && bits <= kMaxBits, op, ": bits must be 1..", kMaxBits, ", got ", bits);
 }
 
 inline void check_pack(const Tensor& codes, int64_t bits) {
@@ -80,11 +102,11 @@ inline void check_pack(const Tensor& codes, int64_t bits) {
 
 inline void check_unpack(const Tensor& words, int64_t bits, int64_t count) {
   check_bits("unpack", bits);
-  STD_TORCH_CHECK(count >= 0, "unpack: count must not be negative, got ", count);
+  ADAMIX_CHECK(count >= 0, "unpack: count must not be negative, got ", count);
   Arg{"unpack", "words", words}.has_dtype(ScalarType::Int).has_rank(2, "[lanes, lane_words]");
   const int64_t expected = lane_words(count, static_cast<int>(bits));
-  STD_TORCH_CHECK(words.size(1) == expected, "unpack: ", count, " codes of ", bits, " bits need ",
-                  expected, " words a lane, got ", words.size(1));
+  ADAMIX_CHECK(words.size(1) == expected, "unpack: ", count, " codes of ", bits, " bits need ",
+               expected, " words a lane, got ", words.size(1));
 }
 
 // Outputs are fresh and contiguous, on the device of `like`.

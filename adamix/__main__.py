@@ -294,7 +294,8 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
 def _summary_json(summary: Summary) -> dict[str, object]:
     worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
     return {"out": str(summary.out), "bytes": summary.bytes, "bytes_16bit": summary.bytes_16bit,
-            "ratio": summary.ratio, "bytes_beside": summary.bytes_beside,
+            "ratio": summary.ratio, "kept_whole": summary.whole,
+            "bytes_beside": summary.bytes_beside,
             "matrices": len(summary.rows), "mean_error": summary.relative_error,
             "worst_error": worst.relative_error if worst else None,
             "worst_matrix": worst.name if worst else None, "seconds": summary.seconds,
@@ -314,10 +315,20 @@ def _show_summary(summary: Summary) -> None:
         ("wrote", str(summary.out)),
         ("size", f"{size(summary.bytes)}, everything counted: 1/{summary.ratio:.2f} of the "
                  f"{size(summary.bytes_16bit)} that differ"),
+        *_kept_whole(summary.whole),
         ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
         ("output error", errors),
         ("time", stages),
         ("peak memory", size(summary.peak_bytes))])
+
+
+def _kept_whole(whole: dict[str, int]) -> list[tuple[str, str]]:
+    """A line on matrices that were not compressed, where there are any."""
+    if not whole:
+        return []
+    largest = max(whole, key=whole.__getitem__)
+    total = display.bytes_text(sum(whole.values()))
+    return [("kept whole", f"{len(whole)} tensors, {total}, the largest {largest}")]
 
 
 def _show_inspection(found: Inspection) -> None:

@@ -30,7 +30,8 @@ class Hessian:
 
     matrix: Tensor  # [in, in] fp64
     lower: Tensor  # [in, in] fp64, H = lower · lowerᵀ
-    inverse_upper: Tensor  # [in, in] fp32, H⁻¹ = inverse_upperᵀ · inverse_upper
+    order: Tensor  # [in] int64: the inputs by falling diagonal of H, as GPTQ takes them
+    inverse_upper: Tensor  # [in, in] fp32, H[order, order]⁻¹ = inverse_upperᵀ · inverse_upper
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,9 @@ class Manifest:
     def from_dict(cls, body: dict[str, object]) -> Manifest:
         """The inverse of `to_dict`; unknown keys are left alone. Raises KeyError, TypeError."""
         fields = {name: body[name] for name in cls.__dataclass_fields__}
+        if not all(1 <= int(n) < 2**31 for shape in fields["compressed"].values()
+                   for n in shape[:2]):
+            raise ValueError("a matrix has a side outside 1..2^31 - 1")
         fields["compressed"] = {kind: (int(out), int(inn), str(indices))
                                 for kind, (out, inn, indices) in fields["compressed"].items()}
         for name in ("fingerprint", "config", "calibration", "compressed", "whole", "equal"):

@@ -35,3 +35,10 @@ class FingerprintError(AdamixError):
 
 class OutputError(AdamixError):
     """An output folder that exists, or cannot be written."""
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """The first line of another library's message, for a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= limit else f"{first[:limit]}…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,11 +12,10 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adamix.artifacts import ModelDelta
-from adamix.errors import DeltaFileError, FingerprintError
+from adamix.errors import DeltaFileError, FingerprintError, reason
 from adamix.naming import read_indices
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import (
@@ -28,6 +26,7 @@ from adamix.source.checkpoints import (
     check_fingerprint,
 )
 from adamix.storage.file import new_folder, read_delta, refuse_existing
+from adamix.storage.tensors import save_tensors
 
 SHARD_BYTES = 5 * 10**9
 ROWS_AT_ONCE = 4096  # of a matrix whose rounding error is taken in fp64
@@ -144,15 +143,15 @@ def restored_model(base: str | Path, delta: str | Path) -> transformers.PreTrain
         with torch.device("meta"):
             kind = type(transformers.AutoModelForCausalLM.from_config(config))
     except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DeltaFileError(f"{folder}: transformers cannot build this model: {reason}") from error
+        raise DeltaFileError(
+            f"{folder}: transformers cannot build this model: {reason(error)}") from error
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in restore(source, model_delta)}
     try:
         model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DeltaFileError(f"{folder}: its tensors do not fit its config: {reason}") from error
+        raise DeltaFileError(
+            f"{folder}: its tensors do not fit its config: {reason(error)}") from error
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -220,8 +219,7 @@ def _write_shards(folder: Path, plan: dict[str, Tensor], tensors: Iterator[tuple
         file = shards.tensor_to_filename[name]
         waiting[file][name] = tensor
         if len(waiting[file]) == len(shards.filename_to_tensors[file]):
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
-            os.chmod(folder / file, 0o644)
+            save_tensors(waiting.pop(file), folder / file, {"format": "pt"})
             written += (folder / file).stat().st_size
     assert not waiting, f"no tensor came for {sorted(waiting)}"
     if shards.is_sharded:

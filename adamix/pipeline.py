@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
@@ -17,16 +18,16 @@ from torch import Tensor, nn
 
 from adamix.artifacts import Hessian, Manifest, ModelDelta, PackedDelta, WeightPair
 from adamix.budget import COUNTS_BYTES, plan_budget
-from adamix.calibration.gram import accumulate, passes, shared_inputs
+from adamix.calibration.gram import MAX_GRAM_BYTES, accumulate, passes, shared_inputs
 from adamix.calibration.sampling import sample
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
-from adamix.errors import CalibrationError, NonFiniteError
+from adamix.errors import AdamixError, CalibrationError, NonFiniteError
 from adamix.naming import group_by_kind, write_indices
-from adamix.parallel import workers
+from adamix.parallel import available_cores, workers
 from adamix.progress import Progress, Silent, timed
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import COPIED, Checkpoint
@@ -56,6 +57,7 @@ class Summary:
     rows: list[MatrixRow]
     bytes: int  # delta.safetensors + delta_config.json
     bytes_16bit: int  # of all tensors that differ
+    whole: dict[str, int]  # bytes of tensors kept whole, norms and biases left out
     bytes_beside: int  # logs, calibration tokens, copies of tokenizer and configs
     seconds: dict[str, float]  # by stage
     peak_bytes: int  # of this process's memory
@@ -116,6 +118,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     sources = Checkpoint(base), Checkpoint(finetuned)
     architecture = describe(sources[1].folder)
     check_pair(*sources, architecture)
+    threads = threads or available_cores()
     with new_folder(out) as folder, workers(threads) as executor:
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
@@ -131,14 +134,17 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
             with timed(seconds, "calibration tokens"):
                 tokens = _sample_tokens(model, sources[1], config, executor, progress)
             manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
-        run = _Run(sources, found, architecture, config, budget.bits, executor, progress, seconds)
+        run = _Run(sources, found, architecture, config, budget.bits, executor, threads, progress,
+                   seconds)
         matrices = run.matrices(model, tokens)
         progress.stage("writing", 1)
         written = _write(folder, sources[1], found, manifest, matrices, tokens)
         beside = sum(p.stat().st_size for p in folder.iterdir()) - written
         progress.advance()
-    return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit, beside,
-                   seconds, peak_bytes())
+    whole = {t.name: math.prod(t.shape) * t.dtype.itemsize
+             for t in found.of(Treatment.WHOLE) if len(t.shape) > 1}
+    return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit, whole,
+                   beside, seconds, peak_bytes())
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ class _Run:
     config: Config
     budget_bits: dict[str, int]
     executor: Executor
+    threads: int
     progress: Progress
     seconds: dict[str, float]
 
@@ -162,11 +169,12 @@ class _Run:
         uncalled = {name for name in linears if not any(name in group for group in groups.values())}
         done: dict[str, CompressedMatrix] = {}
         widths = {leader: linears[leader].in_features for leader in groups}
-        for run in passes(widths):
+        for run in passes(widths, MAX_GRAM_BYTES // (self.threads + 1)):
             with timed(self.seconds, "calibration"):
                 self.progress.stage("calibrating", len(tokens))
                 grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
-                                   executor=self.executor, on_chunk=self.progress.advance)
+                                   executor=self.executor, ahead=self.threads,
+                                   on_chunk=self.progress.advance)
             jobs = [(grams[leader], self._targets_of(groups[leader])) for leader in run]
             self._compress(jobs, frequency, done)
         rest = [target for target in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
@@ -203,12 +211,18 @@ class _Run:
                         ) -> dict[str, CompressedMatrix]:
         """The matrices that read one input, one after the other."""
         n = targets[0].shape[1]
+        if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
+            gram = None
         H = identity(n) if gram is None else hessian(gram, self.config.damping)
         compressed = {}
         for target in targets:
             weights = frequency if target.treatment is Treatment.EMBEDDING else None
             pair = read_pair(*self.sources, target)
-            compressed[target.name] = self._compress_pair(pair, H, gram, weights)
+            try:
+                compressed[target.name] = self._compress_pair(pair, H, gram, weights)
+            except (ValueError, RuntimeError) as error:  # LinAlgError is a RuntimeError
+                kind = type(error) if isinstance(error, AdamixError) else AdamixError
+                raise kind(f"{target.name} cannot be compressed: {error}") from error
             self.progress.advance()
         return compressed
 
@@ -220,8 +234,8 @@ class _Run:
                                  budget_bits=self.budget_bits[pair.name])
         packed = pack(result.delta)
         error = relative_error(pair.delta, packed.dequantize(), gram, weights)
-        if not error < 1e6:
-            raise NonFiniteError(f"{pair.name} could not be compressed: its error is {error}")
+        if not math.isfinite(error):
+            raise NonFiniteError(f"its relative error is {error}")
         row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
         spectrum = Spectrum(result.singular_values, result.errors, result.widths)
         return CompressedMatrix(packed, row, spectrum)

@@ -81,6 +81,25 @@ def test_a_large_plan_lies_between_the_linear_relaxation_and_its_rounding(
     assert lowest * (1 - 1e-12) <= error_of(plan, errors) <= highest * WITHIN_GAP
 
 
+@pytest.mark.parametrize(("rank", "out", "n", "power", "max_choices"), [
+    (1000, 4096, 4096, 1.0, None), (1500, 3584, 18944, 1.0, None), (1500, 3584, 18944, 0.5, None),
+    (1000, 4096, 4096, 1.0, 4)])
+def test_many_components_that_nearly_tie_are_no_matter_of_minutes(rank, out, n, power, max_choices):
+    """Errors that fall slowly and evenly: hundreds of plans within 0.1 % of each other, which a
+    solver enumerates without end unless the budget is rounded to what whole widths can use."""
+    noise = np.random.default_rng(0).uniform(0.98, 1.02, (rank, len(WIDTHS) + 1))
+    loss = np.array([4.0 ** (0.7 - b) for b in WIDTHS] + [1.0])
+    energy = np.arange(1, rank + 1.0) ** -power
+    errors, costs = torch.from_numpy(energy[:, None] * loss * noise), layer_costs(out, n)
+    budget = out * n
+    plan = allocate(errors, costs, budget, max_choices=max_choices)
+    assert cost_of(plan, costs) <= budget
+    assert max_choices is None or len(set(plan.tolist())) <= max_choices
+    lowest, highest = plan_error_bounds(errors, costs, budget)
+    allowed = 1.0 if max_choices is None else 1.25  # four widths cost some of the error
+    assert lowest * (1 - 1e-12) <= error_of(plan, errors) <= allowed * highest * WITHIN_GAP
+
+
 def test_a_large_plan_with_few_widths_is_the_best_over_all_sets_of_widths():
     """With f_max = 3 of 5 choices: the LP bounds of every set of 3 bracket the plan."""
     rank, widths = 100, (8, 4, 3, 2)

@@ -227,7 +227,7 @@ def test_an_output_below_a_file_is_refused_before_any_work(pair, out, monkeypatc
     refused(OutputError, ["other"], pair, out.parent / "other" / "out")
 
 
-@pytest.mark.parametrize("where, name", [(storage, "save_file"), (log, "save_file"),
+@pytest.mark.parametrize("where, name", [(storage, "save_tensors"), (log, "save_tensors"),
                                          (pipeline, "write_log"), (pipeline.shutil, "copyfile")],
                          ids=["delta", "spectra", "log", "copies"])
 def test_a_full_disk_at_any_file_leaves_nothing(pair, out, monkeypatch, where, name):

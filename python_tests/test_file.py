@@ -311,7 +311,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(tmp_path, monkeypatch
     def full(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(storage, "save_tensors", full)
     with pytest.raises(OutputError, match="full"), new_folder(tmp_path / "out") as partial:
         (partial / "x").write_text("1")
         write_delta(small_delta(), partial)

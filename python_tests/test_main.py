@@ -78,10 +78,12 @@ def test_progress_goes_to_stderr_as_plain_lines_without_a_terminal(compressed):
 def test_compress_prints_a_summary_for_people(tmp_path, monkeypatch):
     pair = compressed_pair()
     rows = read_log(pair.delta)
-    summary = pipeline.Summary(pair.delta, rows, 9_543, 152_690, 3000, {"read": 61.0}, 2**30)
+    summary = pipeline.Summary(pair.delta, rows, 9_543, 152_690, {"wte": 2048}, 3000,
+                               {"read": 61.0}, 2**30)
     monkeypatch.setattr(pipeline, "compress", lambda *args, **kwargs: summary)
     printed = call("compress", "a", "b", "-o", tmp_path / "out").stdout
     assert "9.32 KiB, everything counted: 1/16.00 of the 149.1 KiB that differ" in printed
+    assert "1 tensors, 2.00 KiB, the largest wte" in printed
     assert "2.93 KiB of logs and copies" in printed and "1.00 GiB" in printed
     assert "read 1 min 1 s" in printed and "k_proj" in printed
 
@@ -91,7 +93,7 @@ def test_every_choice_of_the_configuration_can_be_switched(tmp_path, monkeypatch
 
     def stub(base, finetuned, out, config, **rest):
         seen.update(config=config, **rest)
-        return pipeline.Summary(Path(out), [], 1, 1, 1, {}, 1)
+        return pipeline.Summary(Path(out), [], 1, 1, {}, 1, {}, 1)
 
     monkeypatch.setattr(pipeline, "compress", stub)
     result = call("compress", "a", "b", "-o", tmp_path / "out", "--ratio", "8", "--preset", "paper",

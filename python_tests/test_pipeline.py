@@ -290,3 +290,19 @@ def test_the_example_pair_at_one_sixteenth(tmp_path):
     assert 0.98 * whole / 16 <= size == summary.bytes <= whole / 16
     assert read_delta(tmp_path / "d").matrices.keys() == {row.name for row in summary.rows}
     assert summary.relative_error < 0.5
+
+
+def test_a_layer_that_no_input_reaches_is_compressed_all_the_same(tmp_path):
+    """A dead up projection, zero in both models: the down projection's inputs are all zero."""
+    base, finetuned = make_pair(tmp_path)
+    dead, after = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("up", "down"))
+    for folder in (base, finetuned):
+        weights = load_file(folder / "model.safetensors")
+        weights[dead].zero_()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    compress(base, finetuned, tmp_path / "out", CONFIG)
+    delta = read_delta(tmp_path / "out")
+    assert dead not in delta.matrices
+    change = checkpoint_tensors(finetuned)[after].float() - checkpoint_tensors(base)[after].float()
+    lost = (change - delta.matrices[after].dequantize()).square().sum() / change.square().sum()
+    assert lost < 0.1

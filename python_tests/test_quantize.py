@@ -102,9 +102,10 @@ def test_a_lane_of_zeros_gets_a_positive_scale_that_vanishes(bits):
 def test_short_lanes_get_finite_scales_and_one_entry_is_exact(n, bits):
     lane = lane_of("gaussian", n, seed=4)
     error = rounding_error(lane, searched(lane, bits), bits)
-    assert error <= 1.01 * rounding_error(lane, np.abs(lane).max() / (2**bits - 1), bits)
     if n == 1:
-        assert error <= 1e-12
+        assert error <= (2.0**-22 * lane[0]) ** 2  # two roundings to fp32: of scale and product
+    else:
+        assert error <= 1.01 * rounding_error(lane, np.abs(lane).max() / (2**bits - 1), bits)
 
 
 def test_lanes_are_searched_independently_each_at_its_width():
@@ -137,15 +138,18 @@ def hessian_of(n, tokens=60, seed=5):
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 33, 40])
-def test_rows_are_quantized_as_optimal_brain_quantization_in_order_says(n):
+def test_rows_are_quantized_as_optimal_brain_quantization_heaviest_input_first_says(n):
     H = hessian_of(n)
     bits = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int32)
     rows = torch.from_numpy(np.random.default_rng(6).standard_normal((8, n)) / np.sqrt(n))
     lanes = quantize_rows(rows, bits, H)
     assert torch.equal(lanes.scales, search_scales(rows.float(), bits))
     assert lanes.codes.dtype == torch.uint8 and torch.equal(lanes.bits, bits)
-    expected = quantize_in_order(rows.float(), H.matrix, bits, lanes.scales, by_row=True)
-    assert lanes.codes.tolist() == expected.tolist()
+    order = torch.from_numpy(np.argsort(-H.matrix.diagonal().numpy(), kind="stable"))
+    assert n < 3 or not torch.equal(order, torch.arange(n))
+    expected = quantize_in_order(rows.float()[:, order], H.matrix[order][:, order], bits,
+                                 lanes.scales, by_row=True)
+    assert lanes.codes[:, order].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(("out", "rank"), [(1, 1), (7, 2), (9, 31), (5, 33)])

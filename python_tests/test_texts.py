@@ -74,6 +74,13 @@ def test_json_lines_give_text_prompt_and_answer_and_messages(tmp_path, tokenizer
                                      + ids("last", tokenizer))
 
 
+def test_a_chat_templates_begin_token_is_not_doubled(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = json_lines(tmp_path / "c.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    assert flat(path, tokenizer) == ids("hi", tokenizer)
+
+
 def test_a_line_ends_at_a_newline_alone(tmp_path, tokenizer):
     """JSON leaves U+2028, U+0085 and others as they are; str.splitlines would cut there."""
     path = json_lines(tmp_path / "c.jsonl", {"text": "a\u2028b\u0085c"}, {"text": "d"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from adamix.errors import CalibrationError
+from adamix.errors import CalibrationError, reason
 
 
 def tokenize(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerBase, *,
@@ -96,15 +96,15 @@ def _json_lines(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) -> It
         try:
             document = _document(json.loads(line), tokenizer)
         except Exception as error:  # a chat template is a program of the tokenizer's: any fault
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise CalibrationError(f'{path}, line {number}: expected JSON with "text", "prompt" '
-                                   f'and "answer", or "messages": {reason}') from error
+                                   f'and "answer", or "messages": {reason(error)}') from error
         yield document
 
 
 def _document(record: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> str:
     if "messages" in record:
-        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        return text.removeprefix(tokenizer.bos_token or "")  # tokenizing puts it in front again
     parts = [record["text"]] if "text" in record else [record["prompt"], record["answer"]]
     if not all(isinstance(part, str) for part in parts):
         raise TypeError("a part is no text")
@@ -122,5 +122,5 @@ def _dataset(name: str) -> Iterator[str]:
         for record in load_dataset(name, split="train", streaming=True):
             yield record["text"]
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"{name} is no file and no dataset with text: {reason}") from error
+        raise CalibrationError(
+            f"{name} is no file and no dataset with text: {reason(error)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -13,12 +15,16 @@ def relative_error(delta: Tensor, restored: Tensor, gram: Tensor | None = None,
         delta, restored: ΔW and Δ̂ `[out, in]`.
         gram: X Xᵀ `[in, in]`; None for I.
         row_weights: D's diagonal `[out]`; None for ones.
+
+    Returns:
+        The error; 0 where both ΔW X and its error are 0.
     """
     lost, whole = delta.double() - restored.double(), delta.double()
     if row_weights is not None:
         root = row_weights.double().sqrt()[:, None]
         lost, whole = lost * root, whole * root
-    if gram is None:
-        return (lost.square().sum() / whole.square().sum()).item()
-    gram = gram.double()
-    return (((lost @ gram) * lost).sum() / ((whole @ gram) * whole).sum()).item()
+    energies = [(part if gram is None else part @ gram.double()).mul(part).sum().item()
+                for part in (lost, whole)]
+    if energies[1] == 0:
+        return 0.0 if energies[0] == 0 else math.inf
+    return energies[0] / energies[1]

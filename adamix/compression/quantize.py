@@ -71,7 +71,9 @@ def quantize_rows(rows: Tensor, bits: Tensor, H: Hessian) -> Lanes:
     """
     rows = rows.float().contiguous()
     scales = search_scales(rows, bits)
-    codes = ops.gptq(rows, H.inverse_upper, bits, scales, by_row=True)
+    ordered = ops.gptq(rows[:, H.order], H.inverse_upper, bits, scales, by_row=True)
+    codes = torch.empty_like(ordered)
+    codes[:, H.order] = ordered
     return Lanes(codes, bits, scales)
 
 

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from adamix.errors import CheckpointError
+from adamix.errors import CheckpointError, reason
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ def describe(folder: Path) -> Architecture:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{folder}: transformers cannot build this model: {reason}") from error
+            f"{folder}: transformers cannot build this model: {reason(error)}") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears, embedding_name, head_name = set(), None, None
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adamix.errors import CheckpointError, FingerprintError
+from adamix.errors import CheckpointError, FingerprintError, reason
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -124,9 +124,8 @@ def _locate(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt",
                                                               "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{source} is no folder, and the Hugging Face Hub has no such model: {reason}"
+            f"{source} is no folder, and the Hugging Face Hub has no such model: {reason(error)}"
         ) from error
 
 

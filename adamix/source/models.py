@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from adamix.errors import CheckpointError
+from adamix.errors import CheckpointError, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -23,8 +23,7 @@ def load_model(folder: str | Path) -> transformers.PreTrainedModel:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+        raise CheckpointError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     return model.eval()
 
 
@@ -39,7 +38,6 @@ def find_tokenizer(folders: Iterable[Path]) -> transformers.PreTrainedTokenizerB
             try:
                 return transformers.AutoTokenizer.from_pretrained(folder)
             except (ValueError, KeyError, OSError, TypeError) as error:
-                reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(
-                    f"{folder}: its tokenizer cannot be read: {reason}") from error
+                    f"{folder}: its tokenizer cannot be read: {reason(error)}") from error
     return None

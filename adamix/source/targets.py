@@ -89,7 +89,8 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint, architecture: Architectu
                and not (name == architecture.head and architecture.tied)]
     if missing:
         raise MismatchError(
-            f"the fine-tune's config asks for {missing[0]}, which its checkpoint lacks")
+            f"the fine-tune's config asks for {missing[0]}, which its checkpoint lacks or has "
+            f"under another name, as some older architectures do: those are not supported yet")
     _check_vocabularies(base, finetuned)
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,13 +34,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.errors import DeltaFileError, OutputError
 from adamix.naming import group_by_kind, read_indices
+from adamix.storage.tensors import save_tensors
 
 FORMAT = "adamix"
 FORMAT_VERSION = 1
@@ -111,7 +110,7 @@ def delta_tensors(delta: ModelDelta) -> dict[str, Tensor]:
     for kind, names in group_by_kind(traits).items():
         tensors[f"whole:{kind}"] = torch.stack([delta.whole[name] for name in names])
     for name, rows in delta.extra_rows.items():
-        tensors[f"rows:{name}"] = rows.contiguous()
+        tensors[f"rows:{name}"] = rows
     return tensors
 
 
@@ -150,8 +149,7 @@ def write_delta(delta: ModelDelta, folder: Path, *, shard_bytes: int = SHARD_BYT
         tensors, filename_pattern="delta{suffix}.safetensors", max_shard_size=shard_bytes)
     files = plan.filename_to_tensors or {DELTA_FILE: []}  # a fine-tune that is the base
     for filename, names in files.items():
-        save_file({name: tensors[name] for name in names}, folder / filename, metadata=METADATA)
-        os.chmod(folder / filename, 0o644)
+        save_tensors({name: tensors[name] for name in names}, folder / filename, METADATA)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adamix.artifacts import PackedDelta
 from adamix.errors import DeltaFileError
 from adamix.naming import kind_of
+from adamix.storage.tensors import save_tensors
 
 LOG_FILE = "compression_log.csv"
 SPECTRA_FILE = "spectra.safetensors"
@@ -93,10 +94,10 @@ def write_spectra(folder: Path, spectra: dict[str, Spectrum]) -> None:
     """Write spectra.safetensors, fp32."""
     tensors: dict[str, Tensor] = {}
     for name, spectrum in spectra.items():
-        tensors[f"{name}.singular_values"] = spectrum.singular_values.float().contiguous()
-        tensors[f"{name}.errors"] = spectrum.errors.float().contiguous()
+        tensors[f"{name}.singular_values"] = spectrum.singular_values.float()
+        tensors[f"{name}.errors"] = spectrum.errors.float()
         tensors[f"{name}.widths"] = torch.tensor(spectrum.widths, dtype=torch.int32)
-    save_file(tensors, folder / SPECTRA_FILE)
+    save_tensors(tensors, folder / SPECTRA_FILE)
 
 
 def read_spectra(folder: Path) -> dict[str, Spectrum]:
@@ -121,4 +122,4 @@ def _spectra(tensors: dict[str, Tensor]) -> dict[str, Spectrum]:
 
 def write_tokens(folder: Path, tokens: Tensor) -> None:
     """Write the token ids that calibrated, int32 `[sequences, length]`."""
-    save_file({"input_ids": tokens.to(torch.int32).contiguous()}, folder / TOKENS_FILE)
+    save_tensors({"input_ids": tokens.to(torch.int32)}, folder / TOKENS_FILE)

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
+#include <algorithm>
+#include <vector>
 
 #include "bindings/tensor_args.h"
 #include "bitpack/bitpack.h"

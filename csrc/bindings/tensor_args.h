@@ -102,7 +102,8 @@ inline void check_pack(const Tensor& codes, int64_t bits) {
 
 inline void check_unpack(const Tensor& words, int64_t bits, int64_t count) {
   check_bits("unpack", bits);
-  ADAMIX_CHECK(count >= 0, "unpack: count must not be negative, got ", count);
+  ADAMIX_CHECK(count >= 0 && count < int64_t{1} << 48, "unpack: count must be 0..2^48 - 1, got ",
+               count);
   Arg{"unpack", "words", words}.has_dtype(ScalarType::Int).has_rank(2, "[lanes, lane_words]");
   const int64_t expected = lane_words(count, static_cast<int>(bits));
   ADAMIX_CHECK(words.size(1) == expected, "unpack: ", count, " codes of ", bits, " bits need ",

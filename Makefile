@@ -48,7 +48,7 @@ system:
 	@sh scripts/need.sh python3-dev '$(PYTHON) scripts/python_header.py'
 
 system-test:
-	@sh scripts/need.sh libgtest-dev 'echo "\#include <gtest/gtest.h>" | c++ -std=c++17 -E -x c++ -'
+	@sh scripts/need.sh libgtest-dev 'c++ -std=c++17 -E -include gtest/gtest.h -x c++ /dev/null'
 
 clean:
 	rm -rf build demo

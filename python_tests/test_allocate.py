@@ -1,5 +1,7 @@
 """allocate: against every plan for small cases, against the LP bound for large ones."""
 
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -187,3 +189,13 @@ def test_errors_of_zero_and_no_components_take_the_cheapest_choice():
 def test_a_budget_below_the_cheapest_plan_is_an_error_that_names_both(solver):
     with pytest.raises(ValueError, match="12 bits at least, and the budget is 11"):
         allocate(torch.ones(3, 2), [8, 4], 11, solver=solver)
+
+
+def test_control_c_still_works_after_cbc_ran_in_many_threads():
+    """CBC's linear solver swaps the process's SIGINT handler; two at a time would lose Python's."""
+    errors, costs = layer_errors(np.random.default_rng(2), 6), layer_costs(32, 32)
+    with ThreadPoolExecutor(16) as executor:
+        list(executor.map(lambda _: allocate(errors, costs, 1100, solver="cbc"), range(300)))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1)

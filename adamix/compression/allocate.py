@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import mip
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 # zero and an empty plan as optimal; with the total brought here both solvers resolve 1e-10 of it.
 OBJECTIVE_TOTAL = 1e4
 GAP = 1e-6
+# CBC's linear solver sets a handler of SIGINT while it runs and puts the one before back: two at a
+# time can put back each other's, and Ctrl-C is lost from then on.
+CBC_ALONE = threading.Lock()
 
 
 def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: int | None = None,
@@ -136,7 +141,8 @@ def _solve(errors: list[list[float]], is_open: list[list[bool]],
         model += mip.xsum(used) <= max_choices
         for k in range(choices):
             model += mip.xsum(row[k] for row in S) <= rank * used[k]
-    status = model.optimize()
+    with CBC_ALONE if solver == "cbc" else nullcontext():
+        status = model.optimize()
     if status != mip.OptimizationStatus.OPTIMAL:
         raise RuntimeError(f"the allocation's solver ({solver}) stopped with {status.name}")
     return torch.tensor([max(row, key=lambda k: row[k].x) for row in S])

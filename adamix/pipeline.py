@@ -7,8 +7,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -180,7 +181,8 @@ class _Run:
         rest = [target for target in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
                 if target.name not in done]
         assert all(t.treatment is Treatment.EMBEDDING or _module(t.name) in uncalled for t in rest)
-        self._compress([(None, [target]) for target in rest], frequency, done)
+        if rest:
+            self._compress([(None, [target]) for target in rest], frequency, done)
         return {name: done[name] for name in sorted(done)}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Linear]:
@@ -213,16 +215,14 @@ class _Run:
         n = targets[0].shape[1]
         if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
             gram = None
-        H = identity(n) if gram is None else hessian(gram, self.config.damping)
+        with _named(targets[0].name):
+            H = identity(n) if gram is None else hessian(gram, self.config.damping)
         compressed = {}
         for target in targets:
             weights = frequency if target.treatment is Treatment.EMBEDDING else None
             pair = read_pair(*self.sources, target)
-            try:
+            with _named(target.name):
                 compressed[target.name] = self._compress_pair(pair, H, gram, weights)
-            except (ValueError, RuntimeError) as error:  # LinAlgError is a RuntimeError
-                kind = type(error) if isinstance(error, AdamixError) else AdamixError
-                raise kind(f"{target.name} cannot be compressed: {error}") from error
             self.progress.advance()
         return compressed
 
@@ -239,6 +239,16 @@ class _Run:
         row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
         spectrum = Spectrum(result.singular_values, result.errors, result.widths)
         return CompressedMatrix(packed, row, spectrum)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the tensor's name before a fault in the block, and make it one of ours."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # LinAlgError is a RuntimeError
+        kind = type(error) if isinstance(error, AdamixError) else AdamixError
+        raise kind(f"{name} cannot be compressed: {error}") from error
 
 
 def token_frequency(tokens: Tensor, vocabulary: int) -> Tensor:

@@ -36,17 +36,17 @@ def plan_budget(found: Survey, manifest: Manifest, config: Config) -> Budget:
     matrices = found.of(Treatment.LINEAR, Treatment.EMBEDDING)
     others = found.of(Treatment.WHOLE)
     grown = [t for t in found.targets if t.extra_rows]
-    extra = sum(t.extra_rows * t.shape[1] * t.dtype.itemsize for t in grown)
-    weights = sum(_numel(t) for t in matrices)
-    bytes_16bit = MODEL_BITS // 8 * (sum(_numel(t) for t in (*matrices, *others))
-                                     + sum(t.extra_rows * t.shape[1] for t in grown))
+    extra = sum(t.extra_numel * t.dtype.itemsize for t in grown)
+    weights = sum(t.numel for t in matrices)
+    bytes_16bit = MODEL_BITS // 8 * (sum(t.numel for t in (*matrices, *others))
+                                     + sum(t.extra_numel for t in grown))
     if bytes_16bit == 0 and config.ratio is not None:
         raise BudgetError("the models do not differ: there is nothing to compress")
     if config.ratio is None:
         shares = {t.name: config.budget_bits(t.shape) - 8 * COUNTS_BYTES for t in matrices}
     else:
         total = int(bytes_16bit / config.ratio)
-        fixed = (sum(_numel(t) * t.dtype.itemsize for t in others) + extra
+        fixed = (sum(t.numel * t.dtype.itemsize for t in others) + extra
                  + COUNTS_BYTES * len(matrices) + len(manifest_text(manifest).encode())
                  + header_bytes(_shapes(matrices, others, grown, total), total))
         left = total - fixed
@@ -54,7 +54,7 @@ def plan_budget(found: Survey, manifest: Manifest, config: Config) -> Budget:
             raise BudgetError(
                 f"ratio {config.ratio:g} allows {total} bytes, and the tensors kept whole with the "
                 f"header take {fixed}: choose a smaller ratio")
-        shares = {t.name: 8 * left * _numel(t) // weights for t in matrices}
+        shares = {t.name: 8 * left * t.numel // weights for t in matrices}
     for target in matrices:
         least = component_bits(target.shape, min(config.bit_widths))
         if shares[target.name] < least:
@@ -63,13 +63,6 @@ def plan_budget(found: Survey, manifest: Manifest, config: Config) -> Budget:
                 f"{max(shares[target.name], 0)} bits and one component takes {least}: "
                 f"choose a smaller ratio or more bits a weight")
     return Budget(bytes_16bit, shares)
-
-
-def _numel(target: Target) -> int:
-    count = 1
-    for n in target.shape:
-        count *= n
-    return count
 
 
 def _shapes(matrices: list[Target], others: list[Target], grown: list[Target], total: int

@@ -155,15 +155,15 @@ class _Run:
             windows = [window for text in self.texts
                        for window in sliding_windows(text, length, self.tokenizer.bos_token_id)]
             self.progress.stage(f"{name}: text", len(windows))
-            loss, kl_text = score_windows(model, windows, reference,
-                                              executor=self.executor, progress=self.progress)
+            loss, kl_text = score_windows(model, windows, reference, executor=self.executor,
+                                          progress=self.progress)
             perplexity = math.exp(min(loss, 700.0))
         known = _knows(model, [document.ids for document in self.answered])
         if self.answered and reference is not None and known:
             self.progress.stage(f"{name}: prompts with answers", len(self.answered))
             windows = [Window(document.ids[:limit], 1) for document in self.answered]
-            _, kl_prompts = score_windows(model, windows, reference,
-                                              executor=self.executor, progress=self.progress)
+            _, kl_prompts = score_windows(model, windows, reference, executor=self.executor,
+                                          progress=self.progress)
         if self.prompts and known:
             self.progress.stage(f"{name}: answering", len(self.prompts))
             correct = self._correct(model)
@@ -335,8 +335,7 @@ def _texts(tokenizer: transformers.PreTrainedTokenizerBase, source: str | Path |
     """Token ids of each document."""
     if source is None:
         return []
-    rows = [tokenizer(document)["input_ids"] for document in documents(source, tokenizer)
-            if document.strip()]
+    rows = [tokenizer(document)["input_ids"] for document in documents(source, tokenizer)]
     texts = [torch.tensor(row, dtype=torch.long) for row in rows if len(row) >= 2]
     if not texts:
         raise CalibrationError(f"{source} holds no text")

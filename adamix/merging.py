@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from adamix.artifacts import ModelDelta
-from adamix.errors import DeltaFileError, FingerprintError, reason
+from adamix.errors import CheckpointError, DeltaFileError, FingerprintError, reason
 from adamix.naming import read_indices
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import (
@@ -25,6 +25,7 @@ from adamix.source.checkpoints import (
     Fingerprint,
     check_fingerprint,
 )
+from adamix.source.models import MODEL_FAULTS, empty_model
 from adamix.storage.file import new_folder, read_delta, refuse_existing
 from adamix.storage.tensors import save_tensors
 
@@ -139,17 +140,15 @@ def restored_model(base: str | Path, delta: str | Path) -> transformers.PreTrain
     source, folder = Checkpoint(base), Path(delta)
     model_delta = read_delta(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            kind = type(transformers.AutoModelForCausalLM.from_config(config))
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise DeltaFileError(
-            f"{folder}: transformers cannot build this model: {reason(error)}") from error
+        empty = empty_model(folder)
+    except CheckpointError as error:
+        raise DeltaFileError(str(error)) from error
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor
                for name, tensor in restore(source, model_delta)}
     try:
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
-    except (ValueError, RuntimeError) as error:
+        model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors,
+                                            dtype=torch.float32)
+    except MODEL_FAULTS as error:
         raise DeltaFileError(
             f"{folder}: its tensors do not fit its config: {reason(error)}") from error
     if (folder / "generation_config.json").exists():

@@ -142,7 +142,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         written = _write(folder, sources[1], found, manifest, matrices, tokens)
         beside = sum(p.stat().st_size for p in folder.iterdir()) - written
         progress.advance()
-    whole = {t.name: math.prod(t.shape) * t.dtype.itemsize
+    whole = {t.name: t.numel * t.dtype.itemsize
              for t in found.of(Treatment.WHOLE) if len(t.shape) > 1}
     return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit, whole,
                    beside, seconds, peak_bytes())
@@ -167,7 +167,6 @@ class _Run:
         frequency = token_frequency(tokens, model.get_input_embeddings().weight.shape[0])
         linears = self._linears(model)
         groups = shared_inputs(model, tokens, linears)
-        uncalled = {name for name in linears if not any(name in group for group in groups.values())}
         done: dict[str, CompressedMatrix] = {}
         widths = {leader: linears[leader].in_features for leader in groups}
         for run in passes(widths, MAX_GRAM_BYTES // (self.threads + 1)):
@@ -178,9 +177,9 @@ class _Run:
                                    on_chunk=self.progress.advance)
             jobs = [(grams[leader], self._targets_of(groups[leader])) for leader in run]
             self._compress(jobs, frequency, done)
+        # An embedding, whose inputs are one-hot, and modules that the model never calls.
         rest = [target for target in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
                 if target.name not in done]
-        assert all(t.treatment is Treatment.EMBEDDING or _module(t.name) in uncalled for t in rest)
         if rest:
             self._compress([(None, [target]) for target in rest], frequency, done)
         return {name: done[name] for name in sorted(done)}

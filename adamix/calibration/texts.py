@@ -35,8 +35,6 @@ def tokenize(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerB
     wanted = sequences * length * 4  # a few times what is needed, to choose from
     ids: list[int] = []
     for document in documents(source, tokenizer):
-        if not document.strip():
-            continue
         ids += tokenizer(document)["input_ids"]
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
@@ -67,11 +65,16 @@ def join_answer(prompt: str, answer: str) -> str:
 
 def documents(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerBase
               ) -> Iterator[str]:
-    """The texts of a source as `tokenize` takes it, one by one.
+    """The texts of a source as `tokenize` takes it, one by one, blank ones left out.
 
     Raises:
         CalibrationError: it does not exist or cannot be read.
     """
+    return (text for text in _all_documents(source, tokenizer) if text.strip())
+
+
+def _all_documents(source: str | Path | Sequence[str], tokenizer: PreTrainedTokenizerBase
+                   ) -> Iterator[str]:
     if not isinstance(source, (str, Path)):
         yield from source
         return

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from adamix.errors import CheckpointError, reason
+from adamix.source.models import empty_model
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,7 @@ def describe(folder: Path) -> Architecture:
     Raises:
         CheckpointError: transformers knows no causal language model of this config.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, OSError, ImportError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot build this model: {reason(error)}") from error
+    model = empty_model(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears, embedding_name, head_name = set(), None, None
     for name, module in model.named_modules():
@@ -45,5 +36,5 @@ def describe(folder: Path) -> Architecture:
             embedding_name = f"{name}.weight"
         if module is head:
             head_name = f"{name}.weight"
-    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     return Architecture(frozenset(linears), embedding_name, head_name, tied and head is not None)

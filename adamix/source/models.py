@@ -7,10 +7,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from adamix.errors import CheckpointError, reason
 
+# What transformers raises over a config or weights that it cannot make a model of.
+MODEL_FAULTS = (ValueError, KeyError, TypeError, OSError, RuntimeError, ImportError,
+                SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -22,9 +26,24 @@ def load_model(folder: str | Path) -> transformers.PreTrainedModel:
     """
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+    except MODEL_FAULTS as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     return model.eval()
+
+
+def empty_model(folder: str | Path) -> transformers.PreTrainedModel:
+    """The model of `folder/config.json` on the meta device, without weights.
+
+    Raises:
+        CheckpointError: transformers knows no causal language model of this config.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except MODEL_FAULTS as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot build this model: {reason(error)}") from error
 
 
 def find_tokenizer(folders: Iterable[Path]) -> transformers.PreTrainedTokenizerBase | None:

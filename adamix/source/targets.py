@@ -14,6 +14,7 @@ A vocabulary that grew: the shared rows as above, the rows beyond them whole.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -46,6 +47,16 @@ class Target:
     shape: tuple[int, ...]  # of the part that both checkpoints have
     dtype: torch.dtype
     extra_rows: int = 0  # rows beyond the base's vocabulary
+
+    @property
+    def numel(self) -> int:
+        """Of the part that both checkpoints have."""
+        return math.prod(self.shape)
+
+    @property
+    def extra_numel(self) -> int:
+        """Of the rows beyond the base's vocabulary."""
+        return self.extra_rows * math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adamix import ops
+from adamix.panels import unpack_factor
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,13 @@ class PackedDelta:
     def dequantize(self) -> Tensor:
         """Δ̂ `[out, in]` fp32."""
         out_features, in_features = self.shape
-        U = torch.empty(self.rank, out_features)
-        V = torch.empty(self.rank, in_features)
-        offset = 0
-        for lanes, n in ((V, in_features), (U, out_features)):
-            first = 0
-            for bits, count in self.widths.items():
-                length = count * ops.lane_words(n, bits)
-                words = self.words[offset : offset + length].view(count, -1)
-                codes = ops.unpack(words.cpu(), bits=bits, count=n)
-                lanes[first : first + count] = 2.0 * codes - (2**bits - 1)
-                first, offset = first + count, offset + length
+        words = self.words.cpu()
+        v_words = ops.v_words(in_features, self.counts)
+        V_codes = unpack_factor(words[:v_words], self.counts, in_features)
+        U_codes = unpack_factor(words[v_words:], self.counts, out_features)
+        widths = [bits for bits, count in self.widths.items() for _ in range(count)]
+        odd = 2.0 ** torch.tensor(widths)[:, None] - 1.0
+        U, V = 2.0 * U_codes - odd, 2.0 * V_codes - odd
         return (U * self.scales.cpu()[:, None]).T @ V
 
 

@@ -3,7 +3,8 @@
 Loads ``libadamix_ops.so`` beside this file (built by ``pip install .``), gives each operator a
 Python function and a fake kernel, so that it can be traced and compiled, and passes on the
 layout's constants and sizes from ``adamix._C``. The kernels' contracts stand in
-``csrc/<operator>/<operator>.h``, the packed layout in ``csrc/layout/packed_layout.h``.
+``csrc/<operator>/<operator>.h``, the packed layout in ``csrc/layout/packed_layout.h``. CUDA kernels
+run on torch's current stream, never synchronise, and so never look at values on the device.
 
 Every function raises RuntimeError, with what was expected and what it got, for a wrong dtype,
 shape or value, and NotImplementedError for a device that has no kernel.
@@ -12,6 +13,7 @@ shape or value, and NotImplementedError for a device that has no kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ try:
         BLOCK_CODES,
         LAYOUT_VERSION,
         MAX_BITS,
+        PANEL_CODES,
         TABLE_COLUMNS,
         TABLE_FIRST_COUNT,
         TABLE_SCALE_OFFSET,
@@ -46,6 +49,7 @@ __all__ = [
     "BLOCK_CODES",
     "LAYOUT_VERSION",
     "MAX_BITS",
+    "PANEL_CODES",
     "TABLE_COLUMNS",
     "TABLE_FIRST_COUNT",
     "TABLE_SCALE_OFFSET",
@@ -53,6 +57,9 @@ __all__ = [
     "TABLE_V_OFFSET",
     "delta_gemm",
     "delta_gemm_",
+    "delta_gemm_layers",
+    "delta_gemm_layers_",
+    "delta_gemm_segments_",
     "gptq",
     "lane_words",
     "pack",
@@ -82,39 +89,149 @@ def gptq(weight: Tensor, hinv: Tensor, bits: Tensor, scales: Tensor, *, by_row: 
     (nothing is read below its diagonal); ``bits`` int32 (1..8) and ``scales`` fp32, one a row
     where ``by_row`` (a row of V is a lane), else one a column (a column of U is one). ``weight``
     is left as it is. GPTQ (Frantar et al. 2022, algorithm 1), columns left to right, with the
-    quantizer of the packed layout.
+    quantizer of the packed layout. CUDA's codes are the CPU's on a machine with FMA, bit by bit;
+    there a width outside 1..8 counts as 1 or 8.
     """
     return torch.ops.adamix.gptq.default(weight, hinv, bits, scales, by_row)
 
 
 def delta_gemm(
-    x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, *, out_features: int
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    *,
+    out_features: int,
+    max_rank: int | None = None,
 ) -> Tensor:
     """Every token's own delta: ``y[t] = U_level · diag(scale) · V_level · x[t]``.
 
+    That is the paper's ΔW = U Σ V (section 2), U and V in whole numbers, Σ and their scales in one.
     ``x`` fp16, bf16 or fp32 ``[..., in]``, flattened to tokens; ``arena`` int32 ``[words]`` and
     ``table`` int64 ``[capacity, TABLE_COLUMNS]``, the bank (packed_layout.h); ``slots`` int32
     ``[tokens]`` says whose delta in the table, values outside ``0..capacity-1`` mean the base.
-    Returns ``[..., out_features]`` of x's dtype: fp32 accumulation, one rounding. Raises if a
-    slot in use points out of the arena (on the CPU).
+    Returns ``[..., out_features]`` of x's dtype: fp32 accumulation, one rounding.
+
+    ``max_rank``: the most components that a slot in use has; it bounds the scratch memory on a
+    device. None: the larger of in and out. On the CPU a slot in use that has more, or that points
+    out of the arena, raises. CUDA kernels cannot look: there a slot that has more counts as empty,
+    and one that points out of the arena reads what it should not.
+
+    CUDA: at most 65536 inputs, and as many components a slot. Up to 128 tokens, and for fp32 x
+    always, x and z = scale · V_level · x are rounded to 2^-23 of their largest element and summed
+    in whole numbers, exactly, so a token's result does not depend on the tokens beside it; a NaN
+    or infinity in x makes all of its token's delta NaN. Above 128 tokens of 16 bits (and up to 8192
+    slots) sums are fp32, and z is rounded once to bf16.
     """
-    y = torch.ops.adamix.delta_gemm.default(_as_tokens(x), arena, table, slots, out_features)
+    y = torch.ops.adamix.delta_gemm.default(
+        _as_tokens(x), arena, table, slots, out_features, max_rank=max_rank
+    )
     return y.view(*x.shape[:-1], out_features)
 
 
-def delta_gemm_(y: Tensor, x: Tensor, arena: Tensor, table: Tensor, slots: Tensor) -> None:
+def delta_gemm_(
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
     """Add every token's delta to ``y`` in place: ``y = round(fp32(y) + delta)``, one rounding.
 
     ``y [..., out]`` has x's dtype and leading dimensions; each row's elements are adjacent, rows
     do not overlap, and y can be viewed as ``[tokens, out]``. The rest is as for
     :func:`delta_gemm`.
     """
-    rows = y.view(math.prod(y.shape[:-1]), y.shape[-1])
-    torch.ops.adamix.delta_gemm_.default(rows, _as_tokens(x), arena, table, slots)
+    torch.ops.adamix.delta_gemm_.default(
+        _rows_of(y), _as_tokens(x), arena, table, slots, max_rank=max_rank
+    )
+
+
+def delta_gemm_layers(
+    x: Tensor,
+    arena: Tensor,
+    tables: Sequence[Tensor],
+    slots: Tensor,
+    out_features: Sequence[int],
+    *,
+    max_rank: int | None = None,
+) -> list[Tensor]:
+    """:func:`delta_gemm` of 1..8 matrices on one ``x`` in one launch: q, k, v, or gate and up.
+
+    ``tables`` and ``out_features`` have an entry a matrix; all tables have one capacity, and
+    ``slots`` holds for each of them. ``max_rank`` bounds the components in any of them. Returns
+    ``[..., out_features[i]]`` for each.
+    """
+    ys = torch.ops.adamix.delta_gemm.layers(
+        _as_tokens(x), arena, list(tables), slots, list(out_features), max_rank=max_rank
+    )
+    return [y.view(*x.shape[:-1], out) for y, out in zip(ys, out_features, strict=True)]
+
+
+def delta_gemm_layers_(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    tables: Sequence[Tensor],
+    slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    """:func:`delta_gemm_` of 1..8 matrices on one ``x`` in one launch.
+
+    ``ys``: one a table, each as in :func:`delta_gemm_`; they may be columns of one wide tensor,
+    but do not overlap. The rest is as for :func:`delta_gemm_layers`.
+    """
+    torch.ops.adamix.delta_gemm_.layers(
+        [_rows_of(y) for y in ys], _as_tokens(x), arena, list(tables), slots, max_rank=max_rank
+    )
+
+
+def delta_gemm_segments_(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    tables: Sequence[Tensor],
+    token_indices: Tensor,
+    token_counts: Tensor,
+    token_starts: Tensor,
+    segment_slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    """:func:`delta_gemm_layers_` for tokens that are sorted by delta already.
+
+    Segment i is the tokens ``token_indices[token_starts[i] : token_starts[i] + token_counts[i]]``,
+    all with the delta in slot ``segment_slots[i]``: ``token_indices`` int32 ``[tokens]``,
+    ``token_counts`` and ``segment_slots`` int32 ``[segments]``, ``token_starts`` int32
+    ``[segments]`` or longer. Tokens in no segment, or in one whose slot is outside
+    ``0..capacity-1``, are the base; of ``token_indices`` nothing is read but what segments with a
+    delta name. A segment lies inside ``token_indices``, its tokens in ``0..tokens-1``, and no
+    token is in two: anything else raises on the CPU. CUDA kernels pass over tokens outside and
+    trust the rest.
+    """
+    torch.ops.adamix.delta_gemm_.segments(
+        [_rows_of(y) for y in ys],
+        _as_tokens(x),
+        arena,
+        list(tables),
+        token_indices,
+        token_counts,
+        token_starts,
+        segment_slots,
+        max_rank=max_rank,
+    )
 
 
 def _as_tokens(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _rows_of(y: Tensor) -> Tensor:
+    """Never a copy, unlike :func:`_as_tokens`: torch refuses a y whose tokens are no matrix."""
+    return y.view(math.prod(y.shape[:-1]), y.shape[-1])
 
 
 # Fake kernels: shapes and dtypes without data, for tracing; sizes stay symbolic. What real kernels
@@ -122,10 +239,20 @@ def _as_tokens(x: Tensor) -> Tensor:
 # one tensor is on "meta".
 
 
-def _one_device(op: str, **tensors: Tensor) -> None:
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise RuntimeError(f"{op}: all tensors must be on one device, got {places}")
+def _one_device(op: str, **tensors: Tensor | Sequence[Tensor]) -> None:
+    """The first tensor says which."""
+    named: list[tuple[str, Tensor]] = []
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            named.append((name, value))
+        else:
+            named += [(f"{name}[{i}]", tensor) for i, tensor in enumerate(value)]
+    first, place = named[0][0], named[0][1].device
+    for name, tensor in named:
+        if tensor.device != place:
+            raise RuntimeError(
+                f"{op}: {name} must be on the device of {first}, {place}, got {tensor.device}"
+            )
 
 
 @torch.library.register_fake("adamix::pack")
@@ -148,11 +275,72 @@ def _(weight: Tensor, hinv: Tensor, bits: Tensor, scales: Tensor, by_row: bool) 
 
 
 @torch.library.register_fake("adamix::delta_gemm")
-def _(x: Tensor, arena: Tensor, table: Tensor, slots: Tensor, out_features: int) -> Tensor:
+def _(
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    out_features: int,
+    *,
+    max_rank: int | None = None,
+) -> Tensor:
     _one_device("delta_gemm", x=x, arena=arena, table=table, slots=slots)
     return x.new_empty((x.shape[0], out_features))
 
 
+@torch.library.register_fake("adamix::delta_gemm.layers")
+def _(
+    x: Tensor,
+    arena: Tensor,
+    tables: list[Tensor],
+    slots: Tensor,
+    out_features: list[int],
+    *,
+    max_rank: int | None = None,
+) -> list[Tensor]:
+    _one_device("delta_gemm.layers", x=x, arena=arena, tables=tables, slots=slots)
+    return [x.new_empty((x.shape[0], out)) for out in out_features]
+
+
 @torch.library.register_fake("adamix::delta_gemm_")
-def _(y: Tensor, x: Tensor, arena: Tensor, table: Tensor, slots: Tensor) -> None:
-    _one_device("delta_gemm_", y=y, x=x, arena=arena, table=table, slots=slots)
+def _(
+    y: Tensor,
+    x: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    _one_device("delta_gemm_", x=x, y=y, arena=arena, table=table, slots=slots)
+
+
+@torch.library.register_fake("adamix::delta_gemm_.layers")
+def _(
+    ys: list[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    tables: list[Tensor],
+    slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    _one_device("delta_gemm_.layers", x=x, ys=ys, arena=arena, tables=tables, slots=slots)
+
+
+@torch.library.register_fake("adamix::delta_gemm_.segments")
+def _(
+    ys: list[Tensor],
+    x: Tensor,
+    arena: Tensor,
+    tables: list[Tensor],
+    token_indices: Tensor,
+    token_counts: Tensor,
+    token_starts: Tensor,
+    segment_slots: Tensor,
+    *,
+    max_rank: int | None = None,
+) -> None:
+    segments = {"token_indices": token_indices, "token_counts": token_counts}
+    segments |= {"token_starts": token_starts, "segment_slots": segment_slots}
+    _one_device("delta_gemm_.segments", x=x, ys=ys, arena=arena, tables=tables, **segments)

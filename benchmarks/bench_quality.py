@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rows import commit
 from safetensors.torch import load_file
 
 import adamix
@@ -69,14 +69,6 @@ def measure(data: Path, config: adamix.Config, preset: str) -> list[dict[str, ob
     return rows
 
 
-def commit() -> str:
-    """The commit that is measured, with a "+" where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
-    return head.stdout.strip() + "+" * bool(changed)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the real deltas")
@@ -94,7 +86,8 @@ def main() -> None:
         print(f"{preset:<7} mean of {len(measured)}: {means[0]:.4f} bits, "
               f"calibration {means[1]:.4f}, held out {means[2]:.4f}\n")
     if args.csv:
-        origin = {"commit": commit(), "command": f"bench_quality.py --bits {args.bits:g}"}
+        origin = {"commit": commit(Path(__file__).parent),
+                  "command": f"bench_quality.py --bits {args.bits:g}"}
         rows = [row | origin for row in rows]
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -9,6 +9,7 @@ from adamix import ops  # noqa: F401  registers the operators that `device` asks
 
 
 def has_cuda_kernel(operator: str) -> bool:
+    """`operator` may name an overload: "delta_gemm.layers"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"adamix::{operator}", "CUDA")
 
 
@@ -22,9 +23,11 @@ def skip_without_cuda(*operators: str) -> None:
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Both back ends; a test module names the operators that it needs in OPERATORS."""
+    """Both back ends. The operators that a test needs are those in its module's OPERATORS, and the
+    one in its parameter `overload`."""
     if request.param == "cuda":
-        skip_without_cuda(*getattr(request.module, "OPERATORS", ()))
+        own = request.node.callspec.params.get("overload")
+        skip_without_cuda(*getattr(request.module, "OPERATORS", ()), *([own] if own else ()))
     return request.param
 
 

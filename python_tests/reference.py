@@ -121,6 +121,40 @@ def quantize_in_order(weight: ArrayLike, H: ArrayLike, bits: ArrayLike, scales: 
     return codes
 
 
+# --- packing, bit by bit from the comment of packed_layout.h ------------------------------------
+
+
+def packed_block(codes: list[int], bits: int) -> list[int]:
+    """32 codes -> b words. Code i of every field of four is in byte 0, 2, 1, 3 of the words; there
+    stand 8 // b whole codes and, above them, bits of the fields that are left over."""
+    def lowest_first(some: list[int]) -> str:
+        return "".join(f"{code:0{bits}b}"[::-1] for code in some)
+
+    whole, words = 8 // bits, [0] * bits
+    for i, byte in enumerate((0, 2, 1, 3)):
+        fields = codes[i::4]
+        rest, share = lowest_first(fields[whole * bits:]), 8 % bits
+        for word in range(bits):
+            own = lowest_first(fields[word * whole:(word + 1) * whole])
+            own += rest[word * share:(word + 1) * share]
+            words[word] |= int(own[::-1], 2) << 8 * byte
+    return words
+
+
+def packed_lane(codes: list[int], bits: int) -> list[int]:
+    """Block after block, the last one padded with code 0."""
+    padded = codes + [0] * (-len(codes) % 32)
+    return [word for first in range(0, len(padded), 32)
+            for word in packed_block(padded[first:first + 32], bits)]
+
+
+def packed_factor(lanes: list[list[int]], bits: list[int]) -> list[int]:
+    """Panels of 256 codes of every lane; lanes by width descending."""
+    return [word for first in range(0, len(lanes[0]), 256)
+            for codes, b in zip(lanes, bits, strict=True)
+            for word in packed_lane(codes[first:first + 256], b)]
+
+
 # --- decomposition and correction --------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ FOLDERS = ("adamix", "csrc", "cpp_tests", "python_tests", "benchmarks")
 CODE = {".py", ".h", ".cpp", ".cu", ".cuh"}
 STAGES = ("source", "calibration", "compression", "storage", "serving")
 # What a stage may import beside itself.
-SHARED = {"artifacts", "config", "errors", "naming", "ops", "parallel", "progress"}
+SHARED = {"artifacts", "config", "errors", "naming", "ops", "panels", "parallel", "progress"}
 MAX_FILE, MAX_FUNCTION, MAX_LINE = 400, 60, 100
 LEFT_OPEN = re.compile("TO" "DO|FIX" "ME|XX" "X")
 
@@ -123,9 +123,34 @@ def test_the_operators_are_called_from_one_file():
 
 def test_cmake_builds_every_source():
     listed = re.findall(r"[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text())
-    listed = {name if name.startswith("csrc/") else f"cpp_tests/{name}" for name in listed}
+    listed = {name if name.startswith(("csrc/", "cpp_tests/")) else f"cpp_tests/{name}"
+              for name in listed}
     there = {name for name in names(NATIVE) if name.endswith((".cpp", ".cu"))}
     assert listed == there and len(there) > 10
+
+
+def test_kernels_are_written_without_inline_assembly_but_in_one_header():
+    users = [path for path in NATIVE if re.search(r"\basm( volatile)?\(", path.read_text())]
+    assert names(users) == ["csrc/common/cuda_instructions.cuh"]
+
+
+FUNCTION = re.compile(r"^(?:inline |__device__ |__forceinline__ )+[\w:<>*]+[ *]+(\w+)\(", re.M)
+
+
+def test_the_emulator_has_every_instruction():
+    """But wgmma: on the emulator, as on most devices, mma.sync stands in for it."""
+    device = (ROOT / "csrc/common/cuda_instructions.cuh").read_text()
+    host = (ROOT / "cpp_tests/emulated_cuda/common/cuda_instructions.cuh").read_text()
+    there = set(re.findall(r"^(?:template.*\n)?[\w ]*?\*? ?(\w+)\(", host, re.M))
+    wanted = set(FUNCTION.findall(device))
+    assert len(wanted) > 15
+    assert {name for name in wanted if not name.startswith("wgmma")} <= there
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".cu"],
+                         ids=lambda path: path.name)
+def test_kernels_are_launched_by_functions_which_the_emulator_knows(path):
+    assert "<<<" not in path.read_text()
 
 
 def test_setup_has_no_second_list_of_sources_and_ships_every_package():

@@ -212,7 +212,8 @@ KINDS = {UP: [40, 33, "0-1"], "lm_head.weight": [50, 33, ""]}
 BROKEN = {
     "other format": (edit(format="gguf"), ["gguf"]),
     "newer format": (edit(format_version=2), ["format_version 2", "reads 1"]),
-    "other layout": (edit(layout_version=99), ["layout_version 99"]),
+    "newer layout": (edit(layout_version=99), ["layout_version 99"]),
+    "older layout": (edit(layout_version=1), ["layout_version 1, this adamix reads 2"]),
     "no fingerprint": (forget("fingerprint"), [CONFIG, "fingerprint"]),
     "no kinds": (forget("compressed"), ["compressed"]),
     "kinds as a list": (edit(compressed=[]), []),

@@ -6,8 +6,11 @@ must lie in the code's interval, or outside it by no more than the bound. So one
 difference never excuses those behind it.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from conftest import skip_without_cuda
 from tolerance import FP32_ROUNDOFF
 from torch import Tensor
 
@@ -152,3 +155,90 @@ def test_nan_becomes_code_zero(device):
         weight, torch.eye(1, device=device), bits, torch.ones(3, device=device), by_row=True
     )
     assert codes.tolist() == [[0], [7], [0]]
+
+
+# --- CUDA: the same operations in the same order as on the CPU ----------------------------------
+
+
+@pytest.fixture
+def cuda() -> str:
+    skip_without_cuda(*OPERATORS)
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no FMA: it rounds a product before it adds")
+    return "cuda"
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def differing(codes: Tensor, expected: Tensor) -> int:
+    return int((codes.cpu() != expected).sum())
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(5, 127), (129, 257), (1000, 513), (70, 1200)])
+def test_the_codes_are_the_cpus(cuda, rows, n, by_row):
+    problem = random_problem(rows, n, by_row)
+    codes = ops.gptq(*(tensor.to(cuda) for tensor in problem), by_row=by_row)
+    assert differing(codes, ops.gptq(*problem, by_row=by_row)) == 0
+
+
+def test_a_second_call_and_tf32_elsewhere_change_nothing(cuda, tf32):
+    problem = random_problem(300, 700, by_row=True)
+    on_device = [tensor.to(cuda) for tensor in problem]
+    expected = ops.gptq(*problem, by_row=True)
+    for _ in range(2):
+        assert differing(ops.gptq(*on_device, by_row=True), expected) == 0
+    assert on_device[0].cpu().equal(problem[0]), "the weight has changed"
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_views_are_read_where_they_lie(cuda, by_row):
+    """Rows of a wider tensor, at any address; a transposed factor; every second lane."""
+    weight, hinv, bits, scales = random_problem(150, 300, by_row)
+    expected = ops.gptq(weight, hinv, bits, scales, by_row=by_row)
+    wide = torch.full((150, 304), torch.nan, device=cuda)
+    wide[:, 1:301] = weight
+    turned = hinv.T.contiguous().to(cuda).T
+    lanes = (torch.stack([lane, lane], dim=1).to(cuda)[:, 0] for lane in (bits, scales))
+    codes = ops.gptq(wide[:, 1:301], turned, *lanes, by_row=by_row)
+    assert differing(codes, expected) == 0
+    factor = torch.full((300, 303), torch.nan, device=cuda)
+    factor[:, 2:302] = hinv
+    codes = ops.gptq(
+        weight.to(cuda), factor[:, 2:302], bits.to(cuda), scales.to(cuda), by_row=by_row
+    )
+    assert differing(codes, expected) == 0
+
+
+def test_it_runs_on_torchs_current_stream(cuda):
+    """The weight is not there before the stream has slept and copied."""
+    problem = random_problem(200, 400, by_row=True)
+    on_device = [tensor.to(cuda) for tensor in problem]
+    late = torch.zeros_like(on_device[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(on_device[0])
+        codes = ops.gptq(late, *on_device[1:], by_row=True)
+    stream.synchronize()
+    assert differing(codes, ops.gptq(*problem, by_row=True)) == 0
+
+
+def test_a_graph_replays_it_on_a_new_weight(cuda):
+    weight, *rest = random_problem(200, 400, by_row=False)
+    place, on_device = weight.to(cuda), [tensor.to(cuda) for tensor in rest]
+    ops.gptq(place, *on_device, by_row=False)  # kernels are loaded before they are recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes = ops.gptq(place, *on_device, by_row=False)
+    for changed in (weight, torch.randn(200, 400)):
+        place.copy_(changed)
+        graph.replay()
+        assert differing(codes, ops.gptq(changed, *rest, by_row=False)) == 0

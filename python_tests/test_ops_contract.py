@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bank import OVERLOADS, as_segments
 from conftest import skip_without_cuda
 from torch import Tensor
 
 from adamix import ops
 
 DEVICES = ("cpu", "cuda")
-OPERATORS = ("pack", "unpack", "gptq", "delta_gemm", "delta_gemm_")
+OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS)
 IN, OUT, TOKENS = 40, 35, 6
+OUTS = [OUT, OUT, 20]
+SLOTS = [0, 2, -1, 1, 2, 7]
 COUNTS = [1, 0, 0, 2, 0, 3, 0, 2]  # at 8, 7 .. 1 bits
 RANK = sum(COUNTS)
 
@@ -31,7 +34,14 @@ def random_bank() -> tuple[Tensor, Tensor]:
 
 
 def routed() -> tuple[Tensor, Tensor, Tensor]:
-    return (*random_bank(), torch.tensor([0, 2, -1, 1, 2, 7], dtype=torch.int32))
+    return (*random_bank(), torch.tensor(SLOTS, dtype=torch.int32))
+
+
+def layers() -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """ys, x, arena, tables: a bank that serves for three matrices."""
+    arena, table = random_bank()
+    ys = [torch.randn(TOKENS, out) for out in OUTS]
+    return ys, torch.randn(TOKENS, IN), arena, [table, table.clone(), table.clone()]
 
 
 def arguments(operator: str, device: str = "cpu") -> list:
@@ -48,18 +58,43 @@ def arguments(operator: str, device: str = "cpu") -> list:
         ],
         "delta_gemm": lambda: [torch.randn(TOKENS, IN), *routed(), OUT],
         "delta_gemm_": lambda: [torch.randn(TOKENS, OUT), torch.randn(TOKENS, IN), *routed()],
+        "delta_gemm.layers": lambda: [*layers()[1:], routed()[2], OUTS],
+        "delta_gemm_.layers": lambda: [*layers(), routed()[2]],
+        "delta_gemm_.segments": lambda: [*layers(), *as_segments(SLOTS, 6, "cpu")],
     }[operator]()
-    return [a.to(device) if isinstance(a, Tensor) else a for a in made]
+    return each_tensor(lambda t: t.to(device), made)
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], args: list) -> list:
+    """The same arguments with every tensor changed, those in lists too."""
+    return [
+        change(a)
+        if isinstance(a, Tensor)
+        else each_tensor(change, a)
+        if isinstance(a, list)
+        else a
+        for a in args
+    ]
 
 
 def raw(operator: str) -> Callable:
-    return getattr(torch.ops.adamix, operator).default
+    name, _, overload = operator.partition(".")
+    return getattr(getattr(torch.ops.adamix, name), overload or "default")
 
 
-def result(operator: str, args: list) -> Tensor:
+def results(operator: str, args: list) -> list[Tensor]:
     """What the operator returns, or writes into its first argument."""
     returned = raw(operator)(*args)
-    return args[0] if returned is None else returned
+    value = args[0] if returned is None else returned
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(a.equal(b) for a, b in zip(got, expected, strict=True))
+
+
+def writes_into_an_argument(operator: str) -> bool:
+    return operator.startswith("delta_gemm_")
 
 
 @pytest.fixture(
@@ -86,12 +121,12 @@ def test_compiles_without_graph_breaks(operator, dynamic):
     args = arguments(name, device)
 
     def call(*tensors):
-        return result(name, list(tensors))
+        return results(name, list(tensors))
 
-    expected = call(*[a.clone() if isinstance(a, Tensor) else a for a in args])
+    expected = call(*each_tensor(Tensor.clone, args))
     torch.compiler.reset()  # operators share `call`, and recompilations are limited
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    assert compiled(*args).equal(expected)
+    assert same(compiled(*args), expected)
 
 
 def test_the_typed_functions_compile_too():
@@ -108,15 +143,28 @@ def test_the_typed_functions_compile_too():
 
 def test_fake_kernels_know_the_shapes_and_types():
     for name in OPERATORS:
-        real, fake = result(name, arguments(name)), result(name, arguments(name, "meta"))
-        assert (fake.shape, fake.dtype, fake.device.type) == (real.shape, real.dtype, "meta")
+        real, fake = results(name, arguments(name)), results(name, arguments(name, "meta"))
+        assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
+        assert all(t.is_meta for t in fake)
 
 
-def test_tensors_on_two_devices_are_refused():
-    args = arguments("delta_gemm")
-    args[2] = args[2].to("meta")
-    with pytest.raises(RuntimeError, match="must be on one device, got x on cpu, .*table on meta"):
-        raw("delta_gemm")(*args)
+@pytest.mark.parametrize("overload", [*OVERLOADS, "gptq"])
+def test_tensors_on_two_devices_are_refused(device, overload):
+    """On the CPU by the fake kernel, which torch picks as soon as one tensor is on "meta"."""
+    elsewhere = "meta" if device == "cpu" else "cpu"
+    args = arguments(overload, device)
+    first = 1 if writes_into_an_argument(overload) else 0  # x or weight: the others follow it
+    for place, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            moved = arg.to(elsewhere)
+        elif isinstance(arg, list) and isinstance(arg[-1], Tensor):
+            moved = [*arg[:-1], arg[-1].to(elsewhere)]
+        else:
+            continue
+        places = (elsewhere, device) if place == first else (device, elsewhere)
+        words = r"^{}: \S+ must be on the device of (x|weight), {}(:0)?, got {}"
+        with pytest.raises(RuntimeError, match=words.format(overload, *places)):
+            raw(overload)(*args[:place], moved, *args[place + 1 :])
 
 
 def test_a_device_without_a_kernel_is_torchs_own_error():
@@ -137,23 +185,20 @@ def scattered(tensor: Tensor) -> Tensor:
 def test_strided_and_offset_inputs_are_read_right(operator):
     name, device = operator
     args = arguments(name, device)
-    first = 1 if name == "delta_gemm_" else 0  # y is an output: see below
-    strided = [
-        scattered(a) if isinstance(a, Tensor) and i >= first else a for i, a in enumerate(args)
-    ]
-    if first:
-        strided[0] = args[0].clone()
-    assert result(name, strided).equal(result(name, args))
+    strided = each_tensor(scattered, args)
+    if writes_into_an_argument(name):  # y is an output: see below
+        strided[:1] = each_tensor(Tensor.clone, args[:1])
+    assert same(results(name, strided), results(name, args))
 
 
 def test_every_element_of_an_output_is_written(operator):
     """torch fills new tensors with NaN or the largest integer in its deterministic mode."""
     name, device = operator
     args = arguments(name, device)
-    expected = result(name, [a.clone() if isinstance(a, Tensor) else a for a in args])
+    expected = results(name, each_tensor(Tensor.clone, args))
     torch.use_deterministic_algorithms(True)
     try:
-        assert result(name, args).equal(expected)
+        assert same(results(name, args), expected)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -192,15 +237,15 @@ def test_no_tokens_no_lanes_no_columns(device):
 def test_cuda_graphs_and_other_streams(name):
     skip_without_cuda(name)
     args = arguments(name, "cuda")
-    expected = result(name, args)
+    (expected,) = results(name, args)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        other = result(name, args)
+        (other,) = results(name, args)
     stream.synchronize()
     assert other.equal(expected)
     graph, source = torch.cuda.CUDAGraph(), args[0].clone()
     with torch.cuda.graph(graph):
-        captured = result(name, [source, *args[1:]])
+        (captured,) = results(name, [source, *args[1:]])
     source.zero_()
     graph.replay()
     assert captured.count_nonzero() == 0
@@ -227,6 +272,11 @@ def table_with(column: int, value: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def item(place: int, change: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    return lambda tensors: [change(t) if i == place else t for i, t in enumerate(tensors)]
+
+
+LAYERS, LAYERS_, SEGMENTS_ = "delta_gemm.layers", "delta_gemm_.layers", "delta_gemm_.segments"
 REFUSALS = [
     ("pack", {"at0": lambda t: t.int()}, "codes must be uint8, got int32"),
     ("pack", {"at0": lambda t: t[0]}, r"codes must have 2 dimensions, \[lanes, n\], got \[70\]"),
@@ -268,11 +318,32 @@ REFUSALS = [
     ("delta_gemm", {"at2": table_with(2, 2**63 - 1)}, "table row 2 does not fit"),
     ("delta_gemm", {"at2": table_with(3, -1)}, "table row 2 does not fit"),
     ("delta_gemm", {"at2": table_with(10, 2**62)}, "table row 2 does not fit"),
-    ("delta_gemm_", {"at0": lambda t: t.half()}, "x must be float16, got float32"),
-    ("delta_gemm_", {"at0": lambda t: t.int()}, "y must be .* or float32, got int32"),
-    ("delta_gemm_", {"at0": lambda t: t[:4]}, r"x must be 4 \(tokens of y\) in dimension 0"),
+    ("delta_gemm_", {"at0": lambda t: t.half()}, "y must be float32, got float16"),
+    ("delta_gemm_", {"at0": lambda t: t[0]}, r"y must have 2 dimensions, \[tokens, out\]"),
+    ("delta_gemm_", {"at1": lambda t: t.int()}, "x must be .* or float32, got int32"),
+    ("delta_gemm_", {"at0": lambda t: t[:4]}, r"y must be 6 \(tokens of x\) in dimension 0"),
     ("delta_gemm_", {"at0": lambda t: t.T.contiguous().T}, r"adjacent .*got stride 6"),
     ("delta_gemm_", {"at0": lambda t: t[:1].expand(6, OUT)}, "rows of y must not overlap: .*got 0"),
+    (LAYERS, {"at2": []}, r"tables must be 1\.\.8 tensors, got 0"),
+    (LAYERS, {"at2": lambda t: t * 3}, r"tables must be 1\.\.8 tensors, got 9"),
+    (LAYERS, {"at2": item(1, Tensor.int)}, r"tables\[1\] must be int64, got int32"),
+    (LAYERS, {"at2": item(2, lambda t: t[:2])}, r"tables\[2\] must be 3 \(capacity of tables\[0\]"),
+    (LAYERS, {"at4": [OUT, OUT]}, "out_features must be 3, one a table, got 2"),
+    (LAYERS, {"at4": [OUT, OUT, -1]}, "out_features must not be negative, got -1"),
+    (LAYERS, {"at3": lambda t: t[:5]}, r"slots must be 6 \(tokens of x\)"),
+    (LAYERS_, {"at0": lambda t: t[:2]}, "ys must be 3, one a table, got 2"),
+    (LAYERS_, {"at0": item(1, Tensor.half)}, r"ys\[1\] must be float32, got float16"),
+    (LAYERS_, {"at0": item(2, lambda t: t[:4])}, r"ys\[2\] must be 6 \(tokens of x\)"),
+    (LAYERS_, {"at0": item(0, lambda t: t.T.contiguous().T)}, r"ys\[0\] must have adjacent"),
+    (LAYERS_, {"at0": item(1, lambda t: t[:1].expand(6, OUT))}, r"rows of ys\[1\] must not"),
+    (LAYERS_, {"at3": item(1, lambda t: t.clone().fill_(-1))}, r"tables\[1\] row 0 does not fit"),
+    (SEGMENTS_, {"at0": lambda t: t[:2]}, "ys must be 3, one a table, got 2"),
+    (SEGMENTS_, {"at4": Tensor.long}, "token_indices must be int32, got int64"),
+    (SEGMENTS_, {"at4": lambda t: t[:5]}, r"token_indices must be 6 \(tokens of x\)"),
+    (SEGMENTS_, {"at5": lambda t: t[None]}, r"token_counts must have 1 dimensions, \[segments\]"),
+    (SEGMENTS_, {"at6": lambda t: t[:5]}, "token_starts must be at least 6 .*, got shape .5."),
+    (SEGMENTS_, {"at6": Tensor.float}, "token_starts must be int32, got float32"),
+    (SEGMENTS_, {"at7": lambda t: t[:5]}, r"segment_slots must be 6 \(segments of token_counts\)"),
 ]
 
 
@@ -280,6 +351,20 @@ REFUSALS = [
 def test_a_mistake_gets_a_sentence(name, changes, words):
     with pytest.raises(RuntimeError, match=f"{name}: .*{words}"):
         raw(name)(*replaced(name, **changes))
+
+
+@pytest.mark.parametrize("overload", OVERLOADS)
+def test_a_negative_max_rank_is_refused(device, overload):
+    with pytest.raises(RuntimeError, match=f"{overload}: max_rank must not be negative, got -1"):
+        raw(overload)(*arguments(overload, device), max_rank=-1)
+
+
+def test_a_refusal_for_one_matrix_leaves_all_as_they_were():
+    args = replaced("delta_gemm_.layers", at3=item(2, table_with(0, -1)))
+    before = each_tensor(Tensor.clone, args[0])
+    with pytest.raises(RuntimeError, match=r"tables\[2\] row 2 does not fit"):
+        raw("delta_gemm_.layers")(*args)
+    assert same(args[0], before)
 
 
 def test_slots_that_nobody_uses_may_hold_anything():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import packed_factor
 from tolerance import assert_within_rounding
 
-from adamix import ops
 from adamix.artifacts import PackedDelta, QuantizedDelta
 from adamix.storage.pack import pack
 
@@ -35,7 +35,8 @@ def by_hand(delta):
 
 
 @settings(max_examples=60, deadline=None)
-@given(out=st.sampled_from([1, 31, 32, 33, 70]), n=st.sampled_from([1, 31, 32, 33, 70]),
+@given(out=st.sampled_from([1, 31, 32, 33, 256, 600]),
+       n=st.sampled_from([1, 32, 70, 255, 257, 512]),
        bits=st.lists(st.integers(1, 8), max_size=20), seed=st.integers(0, 99))
 def test_packed_numbers_are_the_quantized_ones_to_the_bit(out, n, bits, seed):
     delta = quantized(out, n, sorted(bits, reverse=True), seed=seed)
@@ -57,24 +58,34 @@ def test_any_scale_is_within_rounding():
 
 
 def test_words_of_one_component_read_off_in_hexadecimal():
-    """4 bits: eight codes a word, the first code in the lowest digit; V's row before U's column."""
+    """4 bits: codes 0..3 are the low digits of bytes 0, 2, 1, 3, codes 4..7 the high ones; V's row
+    before U's column."""
     V = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=torch.uint8)
     U = torch.tensor([[15, 0]], dtype=torch.uint8)
     packed = pack(QuantizedDelta(U, V, torch.tensor([4], dtype=torch.int32), torch.tensor([0.5])))
     words = [int(word) & 0xFFFFFFFF for word in packed.words]
-    assert words == [0x87654321, 0x00000009, 0, 0, 0x0000000F, 0, 0, 0]
+    assert words == [0x84627351, 0x00000009, 0, 0, 0x0000000F, 0, 0, 0]
     assert packed.counts == (0, 0, 0, 0, 1, 0, 0, 0)
     row = [0.5 * 15 * (2 * code - 15) for code in range(1, 10)]
     assert packed.dequantize().tolist() == [row, [-x for x in row]]
 
 
-def test_segments_of_a_width_follow_each_other_first_of_all_v_then_of_all_u():
-    delta = quantized(40, 70, [8, 3, 3, 1])
-    packed, segments = pack(delta), []
-    for codes in (delta.V_codes, delta.U_codes):
-        for first, count, bits in ((0, 1, 8), (1, 2, 3), (3, 1, 1)):
-            segments.append(ops.pack(codes[first : first + count], bits=bits).flatten())
-    assert torch.equal(packed.words, torch.cat(segments))
+@pytest.mark.parametrize("out, n", [(1, 255), (256, 257), (300, 512), (513, 700)])
+def test_factors_lie_panel_by_panel_first_v_then_u(out, n):
+    delta = quantized(out, n, [8, 7, 5, 3, 3, 1])
+    words = [word & 0xFFFFFFFF for word in pack(delta).words.tolist()]
+    bits = delta.bits.tolist()
+    V, U = (packed_factor(codes.tolist(), bits) for codes in (delta.V_codes, delta.U_codes))
+    assert words == V + U
+
+
+def test_a_panel_holds_256_codes_of_every_lane():
+    """Two lanes of 8 bits, 257 codes: 64 words of each, then the 257th codes' blocks."""
+    V = torch.tensor([[1] * 256 + [2], [3] * 256 + [4]], dtype=torch.uint8)
+    U = torch.tensor([[5], [6]], dtype=torch.uint8)
+    packed = pack(QuantizedDelta(U, V, torch.tensor([8, 8], dtype=torch.int32), torch.ones(2)))
+    last = [[code] + [0] * 7 for code in (2, 4, 5, 6)]
+    assert packed.words.tolist() == [0x01010101] * 64 + [0x03030303] * 64 + sum(last, [])
 
 
 def test_bytes_are_words_scales_and_a_row_of_counts():

@@ -1,9 +1,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
-#include "bindings/tensor_args.h"
+#include "bindings/delta_gemm_overloads.h"
 #include "bitpack/bitpack.h"
 #include "common/float16.h"
 #include "delta_gemm/delta_gemm.h"
@@ -50,36 +51,16 @@ Tensor unpack(const Tensor& words, int64_t bits, int64_t count) {
 
 Tensor gptq(const Tensor& weight, const Tensor& hinv, const Tensor& bits, const Tensor& scales,
             bool by_row) {
-  Arg{"gptq", "weight", weight}.has_dtype(ScalarType::Float).has_rank(2, "[rows, n]");
-  const int64_t n = weight.size(1), lanes = weight.size(by_row ? 0 : 1);
-  const char* lane = by_row ? "one a row" : "one a column";
-  Arg{"gptq", "hinv", hinv}
-      .has_dtype(ScalarType::Float)
-      .has_rank(2, "[n, n]")
-      .has_size(0, n, "columns of weight")
-      .has_size(1, n, "columns of weight");
-  Arg{"gptq", "bits", bits}
-      .has_dtype(ScalarType::Int)
-      .has_rank(1, "[lanes]")
-      .has_size(0, lanes, lane);
-  Arg{"gptq", "scales", scales}
-      .has_dtype(ScalarType::Float)
-      .has_rank(1, "[lanes]")
-      .has_size(0, lanes, lane);
-
+  check_gptq(weight, hinv, bits, scales, by_row);
   const Tensor source = contiguous(weight), factor = contiguous(hinv);
   const Tensor widths = contiguous(bits), steps = contiguous(scales);
   const auto* width = widths.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < lanes; ++i) check_bits("gptq", width[i]);
-  const Tensor codes = new_matrix(weight, weight.size(0), n, ScalarType::Byte);
+  for (int64_t i = 0; i < widths.size(0); ++i) check_bits("gptq", width[i]);
+  const Tensor codes = new_matrix(weight, weight.size(0), weight.size(1), ScalarType::Byte);
   gptq_cpu({mutable_view<uint8_t>(codes), const_view<float>(source), const_view<float>(factor),
             width, steps.const_data_ptr<float>(), by_row},
            torch_for);
   return codes;
-}
-
-bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
 }
 
 // `count` runs of `words` words from `offset` on lie inside an arena; written so that nothing
@@ -106,82 +87,101 @@ bool slot_fits(const int64_t* entry, int64_t in, int64_t out, int64_t arena_word
   return true;
 }
 
-void check_slots_in_use(const char* op, MatrixView<const int64_t> table, const int32_t* slots,
-                        int64_t tokens, int64_t in, int64_t out, int64_t arena_words) {
+// One slot a token, with values that can be looked at.
+struct Routes {
+  const int32_t* slots;
+  int64_t tokens;
+};
+
+struct Layer {
+  std::string table_name;  // in sentences
+  Tensor table;            // contiguous
+  const Tensor& y;
+};
+
+void check_slots_in_use(const DeltaGemmInputs& inputs, const Layer& layer, Routes routes,
+                        int64_t max_rank) {
+  const auto table = const_view<int64_t>(layer.table);
+  const int64_t in = inputs.x.size(1), out = layer.y.size(1), words = inputs.arena.size(0);
   std::vector<bool> checked(static_cast<size_t>(table.rows), false);
-  for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t slot = slots[token];
+  for (int64_t token = 0; token < routes.tokens; ++token) {
+    const int64_t slot = routes.slots[token];
     if (slot < 0 || slot >= table.rows || checked[slot]) continue;
     checked[slot] = true;
-    ADAMIX_CHECK(slot_fits(table.row(slot), in, out, arena_words), op, ": table row ", slot,
-                 " does not fit: its offsets and counts, for ", in, " inputs and ", out,
-                 " outputs, lead out of the arena of ", arena_words, " words");
+    ADAMIX_CHECK(slot_fits(table.row(slot), in, out, words), inputs.op, ": ", layer.table_name,
+                 " row ", slot, " does not fit: its offsets and counts, for ", in, " inputs and ",
+                 out, " outputs, lead out of the arena of ", words, " words");
+    const int64_t rank = component_count(table.row(slot) + kTableFirstCount);
+    ADAMIX_CHECK(rank <= max_rank, inputs.op, ": ", layer.table_name, " row ", slot, " has ", rank,
+                 " components, more than max_rank, ", max_rank,
+                 " (where none is given: the larger of in and out)");
   }
 }
 
-// y is checked, x, arena, table and slots are not yet.
-void add_delta(const char* op, const Tensor& y, const Tensor& x, const Tensor& arena,
-               const Tensor& table, const Tensor& slots) {
-  Arg{op, "x", x}
-      .has_rank(2, "[tokens, in]")
-      .has_dtype(y.scalar_type())
-      .has_size(0, y.size(0), "tokens of y");
-  Arg{op, "arena", arena}.has_dtype(ScalarType::Int).has_rank(1, "[words]");
-  Arg{op, "table", table}
-      .has_dtype(ScalarType::Long)
-      .has_rank(2, "[capacity, columns]")
-      .has_size(1, kTableColumns, "columns of a table");
-  Arg{op, "slots", slots}
-      .has_dtype(ScalarType::Int)
-      .has_rank(1, "[tokens]")
-      .has_size(0, x.size(0), "tokens of x");
-
-  const Tensor inputs = x.size(1) > 1 && x.stride(1) != 1 ? contiguous(x) : x;
-  const Tensor words = contiguous(arena), entries = contiguous(table), routes = contiguous(slots);
-  const auto entry_view = const_view<int64_t>(entries);
-  const auto* route = routes.const_data_ptr<int32_t>();
-  check_slots_in_use(op, entry_view, route, x.size(0), x.size(1), y.size(1), words.size(0));
-
+// Everything is checked but the values. Those of all layers come before the first y changes.
+void add_deltas(const DeltaGemmInputs& inputs, const Tensors& ys, Routes routes) {
+  const int64_t max_rank = rank_bound(inputs, ys);
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < ys.size(); ++i) {
+    layers.push_back(
+        {name_in_list("table", i, inputs.tables), contiguous(inputs.tables[i]), ys[i]});
+    check_slots_in_use(inputs, layers.back(), routes, max_rank);
+  }
+  const Tensor x = with_adjacent_rows(inputs.x), arena = contiguous(inputs.arena);
+  const auto* words = static_cast<const uint32_t*>(arena.const_data_ptr());
   const auto launch = [&](auto element) {
     using T = decltype(element);
-    const auto* arena_words = static_cast<const uint32_t*>(words.const_data_ptr());
-    delta_gemm_cpu<T>({mutable_view<T>(y), const_view<T>(inputs), arena_words, entry_view, route},
-                      torch_for);
+    for (const Layer& layer : layers) {
+      delta_gemm_cpu<T>({mutable_view<T>(layer.y), const_view<T>(x), words,
+                         const_view<int64_t>(layer.table), routes.slots},
+                        torch_for);
+    }
   };
-  switch (y.scalar_type()) {
+  switch (x.scalar_type()) {
     case ScalarType::Half: return launch(Half{});
     case ScalarType::BFloat16: return launch(BFloat16{});
     default: return launch(float{});
   }
 }
 
-void check_activations(const char* op, const char* name, const Tensor& tensor, const char* shape) {
-  ADAMIX_CHECK(is_float(tensor.scalar_type()), op, ": ", name,
-               " must be float16, bfloat16 or float32, got ", dtype_name(tensor.scalar_type()));
-  Arg{op, name, tensor}.has_rank(2, shape);
+// One slot a token from the tokens of each segment; -1 for tokens in none.
+std::vector<int32_t> slots_of_tokens(const DeltaGemmInputs& inputs, const TokenSegments& segments) {
+  const int64_t tokens = inputs.x.size(0), capacity = inputs.tables[0].size(0);
+  const Tensor index_tensor = contiguous(segments.indices), counts = contiguous(segments.counts);
+  const Tensor starts = contiguous(segments.starts), slots = contiguous(segments.slots);
+  const auto* indices = index_tensor.const_data_ptr<int32_t>();
+  std::vector<int32_t> result(static_cast<size_t>(tokens), -1);
+  for (int64_t segment = 0; segment < counts.size(0); ++segment) {
+    const int32_t slot = slots.const_data_ptr<int32_t>()[segment];
+    const int64_t count = counts.const_data_ptr<int32_t>()[segment];
+    const int64_t start = starts.const_data_ptr<int32_t>()[segment];
+    if (count == 0 || slot < 0 || slot >= capacity) continue;
+    ADAMIX_CHECK(count > 0 && start >= 0 && start + count <= tokens, inputs.op, ": segment ",
+                 segment, ", ", count, " tokens from ", start, " on, leads out of the ", tokens,
+                 " token_indices");
+    for (int64_t i = start; i < start + count; ++i) {
+      ADAMIX_CHECK(indices[i] >= 0 && indices[i] < tokens, inputs.op, ": token_indices must be 0..",
+                   tokens - 1, ", got ", indices[i], " in segment ", segment);
+      ADAMIX_CHECK(result[indices[i]] < 0, inputs.op, ": token ", indices[i],
+                   " is there twice, the second time in segment ", segment);
+      result[indices[i]] = slot;
+    }
+  }
+  return result;
 }
 
-Tensor delta_gemm(const Tensor& x, const Tensor& arena, const Tensor& table, const Tensor& slots,
-                  int64_t out_features) {
-  check_activations("delta_gemm", "x", x, "[tokens, in]");
-  ADAMIX_CHECK(out_features >= 0, "delta_gemm: out_features must not be negative, got ",
-               out_features);
-  const Tensor y = torch::stable::new_zeros(x, {x.size(0), out_features}, x.scalar_type());
-  add_delta("delta_gemm", y, x, arena, table, slots);
-  return y;
-}
+struct Cpu {
+  static void add_slots(const DeltaGemmInputs& inputs, const Tensors& ys, const Tensor& slots) {
+    const Tensor routes = contiguous(slots);
+    add_deltas(inputs, ys, {routes.const_data_ptr<int32_t>(), routes.size(0)});
+  }
 
-void delta_gemm_(const Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& table,
-                 const Tensor& slots) {
-  check_activations("delta_gemm_", "y", y, "[tokens, out]");
-  ADAMIX_CHECK(y.size(1) <= 1 || y.stride(1) == 1,
-               "delta_gemm_: y must have adjacent elements in a row (stride 1), got stride ",
-               y.stride(1));
-  ADAMIX_CHECK(y.size(0) <= 1 || y.stride(0) >= y.size(1),
-               "delta_gemm_: rows of y must not overlap: expected a row stride of at least ",
-               y.size(1), ", got ", y.stride(0));
-  add_delta("delta_gemm_", y, x, arena, table, slots);
-}
+  static void add_segments(const DeltaGemmInputs& inputs, const Tensors& ys,
+                           const TokenSegments& segments) {
+    const std::vector<int32_t> slots = slots_of_tokens(inputs, segments);
+    add_deltas(inputs, ys, {slots.data(), inputs.x.size(0)});
+  }
+};
 
 }  // namespace
 
@@ -189,8 +189,7 @@ STABLE_TORCH_LIBRARY_IMPL(adamix, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("gptq", TORCH_BOX(&gptq));
-  m.impl("delta_gemm", TORCH_BOX(&delta_gemm));
-  m.impl("delta_gemm_", TORCH_BOX(&delta_gemm_));
+  DeltaGemmOverloads<Cpu>::implement(m);
 }
 
 }  // namespace adamix::bindings

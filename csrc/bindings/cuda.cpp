@@ -1,53 +1,16 @@
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
-#include "bindings/tensor_args.h"
+#include "bindings/cuda_context.h"
 #include "bitpack/bitpack_cuda.h"
+#include "gptq/gptq_cuda.h"
 
 // The CUDA kernels behind the operators: check, allocate, launch on torch's current stream. Plain
 // C++, so nvcc never reads a torch header. Values on the device are not looked at: that would
-// synchronise.
+// synchronise. delta_gemm is in cuda_delta_gemm.cpp.
 namespace adamix::bindings {
 namespace {
 
 using torch::stable::contiguous;
-
-void check_cuda(const char* op, cudaError_t status) {
-  ADAMIX_CHECK(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
-}
-
-// torch's current stream. The function is no global symbol and is missing where torch has no CUDA,
-// where this library must load all the same: so it is looked up in the library that torch has
-// loaded.
-cudaStream_t current_stream(const char* op, int32_t device) {
-  using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
-  static const auto get = [] {
-    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
-    void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
-    return reinterpret_cast<CurrentStream>(symbol);
-  }();
-  void* stream = nullptr;
-  ADAMIX_CHECK(get != nullptr && get(device, &stream) == 0, op,
-               ": torch does not tell its current CUDA stream; is this torch built with CUDA?");
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Launches go to the tensor's device, whichever is current; the caller's device comes back
-// afterwards.
-class DeviceGuard {
- public:
-  DeviceGuard(const char* op, const Tensor& tensor) {
-    check_cuda(op, cudaGetDevice(&previous_));
-    check_cuda(op, cudaSetDevice(tensor.get_device_index()));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 Tensor pack(const Tensor& codes, int64_t bits) {
   check_pack(codes, bits);
@@ -73,11 +36,32 @@ Tensor unpack(const Tensor& words, int64_t bits, int64_t count) {
   return codes;
 }
 
+Tensor gptq(const Tensor& weight, const Tensor& hinv, const Tensor& bits, const Tensor& scales,
+            bool by_row) {
+  check_gptq(weight, hinv, bits, scales, by_row);
+  const DeviceGuard guard("gptq", weight);
+  const Tensor source = with_adjacent_rows(weight), factor = with_adjacent_rows(hinv);
+  const Tensor widths = contiguous(bits), steps = contiguous(scales);
+  const int64_t rows = weight.size(0), n = weight.size(1), padded = gptq_padded_rows(rows);
+  const Tensor codes = new_matrix(weight, rows, n, ScalarType::Byte);
+  const Tensor columns = new_matrix(weight, n, padded, ScalarType::Float);
+  const Tensor errors = new_matrix(weight, kGptqBlockColumns, padded, ScalarType::Float);
+  const GptqArgs args{mutable_view<uint8_t>(codes),  const_view<float>(source),
+                      const_view<float>(factor),     widths.const_data_ptr<int32_t>(),
+                      steps.const_data_ptr<float>(), by_row};
+  check_cuda(
+      "gptq",
+      launch_gptq(args, {columns.mutable_data_ptr<float>(), errors.mutable_data_ptr<float>()},
+                  current_stream("gptq", weight.get_device_index())));
+  return codes;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(adamix, CUDA, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("gptq", TORCH_BOX(&gptq));
 }
 
 }  // namespace adamix::bindings

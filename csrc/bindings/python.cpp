@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The packed layout's constants and sizes, from csrc/layout/packed_layout.h.";
   m.attr("LAYOUT_VERSION") = adamix::kLayoutVersion;
   m.attr("BLOCK_CODES") = adamix::kBlockCodes;
+  m.attr("PANEL_CODES") = adamix::kPanelCodes;
   m.attr("MAX_BITS") = adamix::kMaxBits;
   m.attr("TABLE_V_OFFSET") = adamix::kTableVOffset;
   m.attr("TABLE_U_OFFSET") = adamix::kTableUOffset;

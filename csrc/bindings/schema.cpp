@@ -12,9 +12,24 @@ STABLE_TORCH_LIBRARY(adamix, m) {
   // uint8 [rows, n]
   m.def("gptq(Tensor weight, Tensor hinv, Tensor bits, Tensor scales, bool by_row) -> Tensor");
   // x [tokens, in], arena int32 [words], table int64 [capacity, 11], slots int32 [tokens] ->
-  // [tokens, out]
+  // [tokens, out]; max_rank bounds the components of a slot in use
   m.def(
-      "delta_gemm(Tensor x, Tensor arena, Tensor table, Tensor slots, int out_features) -> Tensor");
+      "delta_gemm(Tensor x, Tensor arena, Tensor table, Tensor slots, int out_features, *, "
+      "int? max_rank=None) -> Tensor");
   // the same, added to y [tokens, out] in fp32 and rounded once
-  m.def("delta_gemm_(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor slots) -> ()");
+  m.def(
+      "delta_gemm_(Tensor(a!) y, Tensor x, Tensor arena, Tensor table, Tensor slots, *, "
+      "int? max_rank=None) -> ()");
+  // both for several matrices on one x: a table and an output each
+  m.def(
+      "delta_gemm.layers(Tensor x, Tensor arena, Tensor[] tables, Tensor slots, "
+      "int[] out_features, *, int? max_rank=None) -> Tensor[]");
+  m.def(
+      "delta_gemm_.layers(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor[] tables, "
+      "Tensor slots, *, int? max_rank=None) -> ()");
+  // tokens sorted by slot: token_indices int32 [tokens], the others int32 [segments]
+  m.def(
+      "delta_gemm_.segments(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor[] tables, "
+      "Tensor token_indices, Tensor token_counts, Tensor token_starts, Tensor segment_slots, *, "
+      "int? max_rank=None) -> ()");
 }

@@ -66,11 +66,23 @@ inline std::string shape_text(const Tensor& tensor) {
   return text + "]";
 }
 
+inline std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another device";
+}
+
 // An argument together with the words that name it: "gptq: hinv".
 struct Arg {
   const char* op;
   const char* name;
   const Tensor& tensor;
+
+  const Arg& is_beside(const char* first, const Tensor& other) const {
+    ADAMIX_CHECK(tensor.device() == other.device(), op, ": ", name, " must be on the device of ",
+                 first, ", ", device_name(other), ", got ", device_name(tensor));
+    return *this;
+  }
 
   const Arg& has_dtype(ScalarType dtype) const {
     ADAMIX_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype),
@@ -110,9 +122,39 @@ inline void check_unpack(const Tensor& words, int64_t bits, int64_t count) {
                expected, " words a lane, got ", words.size(1));
 }
 
+inline void check_gptq(const Tensor& weight, const Tensor& hinv, const Tensor& bits,
+                       const Tensor& scales, bool by_row) {
+  Arg{"gptq", "weight", weight}.has_dtype(ScalarType::Float).has_rank(2, "[rows, n]");
+  const int64_t n = weight.size(1), lanes = weight.size(by_row ? 0 : 1);
+  const char* lane = by_row ? "one a row" : "one a column";
+  Arg{"gptq", "hinv", hinv}
+      .is_beside("weight", weight)
+      .has_dtype(ScalarType::Float)
+      .has_rank(2, "[n, n]")
+      .has_size(0, n, "columns of weight")
+      .has_size(1, n, "columns of weight");
+  Arg{"gptq", "bits", bits}
+      .is_beside("weight", weight)
+      .has_dtype(ScalarType::Int)
+      .has_rank(1, "[lanes]")
+      .has_size(0, lanes, lane);
+  Arg{"gptq", "scales", scales}
+      .is_beside("weight", weight)
+      .has_dtype(ScalarType::Float)
+      .has_rank(1, "[lanes]")
+      .has_size(0, lanes, lane);
+}
+
 // Outputs are fresh and contiguous, on the device of `like`.
 inline Tensor new_matrix(const Tensor& like, int64_t rows, int64_t cols, ScalarType dtype) {
   return torch::stable::new_empty(like, {rows, cols}, dtype);
+}
+
+// As kernels read a matrix: rows lie anywhere, the elements of each are adjacent. A copy only where
+// they are not.
+inline Tensor with_adjacent_rows(const Tensor& matrix) {
+  const bool adjacent = matrix.size(1) <= 1 || matrix.stride(1) == 1;
+  return adjacent ? matrix : torch::stable::contiguous(matrix);
 }
 
 // T is the kernel's type for the elements; its size is that of the tensor's dtype, which has been

@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <cstring>
 
 #include "bitpack/bitpack.h"
 #include "common/for_bits.h"
+#include "layout/block_bytes.h"
 #include "layout/packed_layout.h"
 
 namespace adamix {
@@ -12,18 +14,29 @@ constexpr int64_t kCodesPerRange = 1 << 15;  // a few tens of microseconds: wort
 template <int kBits>
 void pack_lane(const uint8_t* codes, int64_t n, uint32_t* words) {
   for (int64_t first = 0; first < n; first += kBlockCodes, words += kBits) {
-    const int valid = static_cast<int>(std::min<int64_t>(kBlockCodes, n - first));
-    std::fill_n(words, kBits, 0u);
-    for (int i = 0; i < valid; ++i) write_code(words, i, kBits, codes[first + i]);
+    uint32_t bytes[kBlockFields] = {}, block[kBits];
+    const int64_t valid = std::min<int64_t>(kBlockCodes, n - first);
+    if (valid == kBlockCodes) {
+      std::memcpy(bytes, codes + first, sizeof bytes);  // a constant size: no call
+    } else {
+      std::memcpy(bytes, codes + first, static_cast<size_t>(valid));
+    }
+    pack_block<kBits>(bytes, block);
+    std::memcpy(words, block, sizeof block);
   }
 }
 
 template <int kBits>
 void unpack_lane(const uint32_t* words, int64_t n, uint8_t* codes) {
   for (int64_t first = 0; first < n; first += kBlockCodes, words += kBits) {
-    const int valid = static_cast<int>(std::min<int64_t>(kBlockCodes, n - first));
-    for (int i = 0; i < valid; ++i) {
-      codes[first + i] = static_cast<uint8_t>(read_code(words, i, kBits));
+    uint32_t bytes[kBlockFields], block[kBits];
+    std::memcpy(block, words, sizeof block);
+    unpack_block<kBits>(block, bytes);
+    const int64_t valid = std::min<int64_t>(kBlockCodes, n - first);
+    if (valid == kBlockCodes) {
+      std::memcpy(codes + first, bytes, sizeof bytes);
+    } else {
+      std::memcpy(codes + first, bytes, static_cast<size_t>(valid));
     }
   }
 }

@@ -12,6 +12,9 @@
 // threads.
 namespace adamix {
 
+// Matrices of one call, on one x; a CUDA launch carries them among its arguments.
+constexpr int kMaxLayers = 8;
+
 template <typename T>  // float, Half or BFloat16
 struct DeltaGemmArgs {
   // Outputs

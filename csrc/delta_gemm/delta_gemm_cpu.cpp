@@ -1,23 +1,25 @@
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/cpu_clones.h"
 #include "common/float16.h"
 #include "common/for_bits.h"
 #include "delta_gemm/delta_gemm.h"
+#include "layout/block_bytes.h"
 #include "layout/packed_layout.h"
 
 // Tokens are gathered by slot into groups of at most 64. Phase 1 makes z, one (group, component) at
-// a time: a lane of V is turned into float levels once and serves the whole group. Phase 2 makes y,
-// one (group, 512 rows of U) at a time.
+// a time: a lane of V, gathered from its panels, is turned into float levels once and serves the
+// whole group. Phase 2 makes y, one (group, two panels of U) at a time.
 namespace adamix {
 namespace {
 
 constexpr int64_t kGroupTokens = 64;  // bounds the fp32 copies; unpacking is long paid for by then
-constexpr int64_t kChunkRows = 512;   // of U: a multiple of kBlockCodes, so chunks start on a word
-constexpr int kVector = 32;           // partial sums of a dot product: two AVX-512 registers
+constexpr int64_t kChunkRows = 2 * kPanelCodes;  // of U: a strip's levels take 16 KiB
+constexpr int kVector = 32;  // partial sums of a dot product: two AVX-512 registers
 static_assert(kBlockCodes % kVector == 0, "a padded row is whole vectors");
-constexpr int kPanelLanes = 8;  // lanes of U that share a load and a store of y
+constexpr int kStripLanes = 8;  // lanes of U that share a load and a store of y
 
 struct Group {
   int64_t slot;
@@ -28,18 +30,44 @@ struct Group {
   int64_t z_offset;    // z [tokens, rank] of this group
 };
 
+// The codes of blocks that follow each other.
 template <int kBits>
-void levels_of_lane(const uint32_t* words, int64_t blocks, float* levels) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    int32_t codes[kBlockCodes];
-#pragma GCC unroll 32
-    for (int i = 0; i < kBlockCodes; ++i) {
-      codes[i] = static_cast<int32_t>(read_code(words + block * kBits, i, kBits));
-    }
-    for (int i = 0; i < kBlockCodes; ++i) {
-      levels[block * kBlockCodes + i] = static_cast<float>(2 * codes[i] - int32_t{max_code(kBits)});
-    }
+void codes_of_blocks(const uint32_t* words, int blocks, uint8_t* codes) {
+  for (; blocks > 0; --blocks, words += kBits, codes += kBlockCodes) {
+    uint32_t block[kBits], bytes[kBlockFields];
+    std::memcpy(block, words, sizeof block);
+    unpack_block<kBits>(block, bytes);
+    std::memcpy(codes, bytes, sizeof bytes);
   }
+}
+
+ADAMIX_CPU_CLONES void levels_of_codes(const uint8_t* __restrict codes, int n, int32_t max,
+                                       float* __restrict levels) {
+  for (int i = 0; i < n; ++i) levels[i] = static_cast<float>(2 * int32_t{codes[i]} - max);
+}
+
+struct Factor {
+  const uint32_t* words;
+  int64_t codes;  // of a lane
+  const int64_t* counts;
+};
+
+// The levels of a component's lane in the panels [first, end), block after block. A panel's codes
+// are all written before the first is read: a wide load right behind narrow stores stalls.
+void levels_of_lane(const Factor& factor, int64_t component, int64_t first, int64_t end,
+                    float* levels) {
+  const Lane lane = locate_lane(factor.counts, component);
+  const int64_t panel_words = kPanelBlocks * block_column_words(factor.counts);
+  for_bits(lane.bits, [&](auto bits) {
+    uint8_t codes[kPanelCodes];
+    for (int64_t panel = first; panel < end; ++panel) {
+      const int blocks = panel_blocks(factor.codes, panel);
+      codes_of_blocks<bits.value>(factor.words + panel * panel_words + blocks * lane.words_before,
+                                  blocks, codes);
+      levels_of_codes(codes, blocks * kBlockCodes, static_cast<int32_t>(max_code(bits.value)),
+                      levels + (panel - first) * kPanelCodes);
+    }
+  });
 }
 
 // n is a multiple of kVector. One token at a time: tiles of four tokens were no faster, since GCC
@@ -54,13 +82,13 @@ ADAMIX_CPU_CLONES float dot(const float* __restrict levels, const float* __restr
   return total;
 }
 
-// y[:] += sum over the panel's lanes of z[lane] * levels[lane][:].
-ADAMIX_CPU_CLONES void add_panel(const float* __restrict levels, const float* __restrict z,
+// y[:] += sum over the strip's lanes of z[lane] * levels[lane][:].
+ADAMIX_CPU_CLONES void add_strip(const float* __restrict levels, const float* __restrict z,
                                  int64_t n, float* __restrict y) {
   for (int64_t i = 0; i < n; ++i) {
     float sum = y[i];
 #pragma GCC unroll 8
-    for (int lane = 0; lane < kPanelLanes; ++lane) sum += z[lane] * levels[lane * kChunkRows + i];
+    for (int lane = 0; lane < kStripLanes; ++lane) sum += z[lane] * levels[lane * kChunkRows + i];
     y[i] = sum;
   }
 }
@@ -138,11 +166,8 @@ class DeltaGemm {
             1);
       const int64_t component = item - group.first_item;
       const int64_t* entry = args_.table.row(group.slot);
-      const Lane lane = locate_lane(args_.x.cols, counts(group.slot), component);
-      const uint32_t* words = args_.arena + entry[kTableVOffset] + lane.offset;
-      for_bits(lane.bits, [&](auto bits) {
-        levels_of_lane<bits.value>(words, padded_in_ / kBlockCodes, levels.data());
-      });
+      const Factor v{args_.arena + entry[kTableVOffset], args_.x.cols, counts(group.slot)};
+      levels_of_lane(v, component, 0, panel_count(v.codes), levels.data());
       const float scale = float_from_bits(args_.arena[entry[kTableScaleOffset] + component]);
       float* z = z_.data() + group.z_offset + component;
       for (int64_t t = 0; t < group.tokens; ++t) {
@@ -154,36 +179,34 @@ class DeltaGemm {
 
   // y[token][rows of the chunk] += sum over components of z * U_level
   void up(int64_t begin, int64_t end, int64_t chunks) {
-    std::vector<float> levels(kPanelLanes * kChunkRows);
+    std::vector<float> levels(kStripLanes * kChunkRows);
     std::vector<float> sums(kGroupTokens * kChunkRows);
     for (int64_t item = begin; item < end; ++item) {
       const Group& group = groups_[item / chunks];
       const int64_t first_row = item % chunks * kChunkRows;
       const int64_t rows = std::min(kChunkRows, args_.y.cols - first_row);
       std::fill_n(sums.begin(), group.tokens * kChunkRows, 0.0f);
-      for (int64_t first = 0; first < group.rank; first += kPanelLanes) {
-        const int64_t lanes = std::min<int64_t>(kPanelLanes, group.rank - first);
-        unpack_panel(group, first, lanes, first_row, rows, levels.data());
+      for (int64_t first = 0; first < group.rank; first += kStripLanes) {
+        const int64_t lanes = std::min<int64_t>(kStripLanes, group.rank - first);
+        unpack_strip(group, first, lanes, first_row, rows, levels.data());
         for (int64_t t = 0; t < group.tokens; ++t) {
-          float z[kPanelLanes] = {};
+          float z[kStripLanes] = {};
           std::copy_n(z_.data() + group.z_offset + t * group.rank + first, lanes, z);
-          add_panel(levels.data(), z, rows, sums.data() + t * kChunkRows);
+          add_strip(levels.data(), z, rows, sums.data() + t * kChunkRows);
         }
       }
       add_to_y(group, first_row, rows, sums.data());
     }
   }
 
-  // Lanes that are not there keep the finite levels of an earlier panel, or zeros; their z is 0.
-  void unpack_panel(const Group& group, int64_t first, int64_t lanes, int64_t first_row,
+  // Lanes that are not there keep the finite levels of an earlier strip, or zeros; their z is 0.
+  void unpack_strip(const Group& group, int64_t first, int64_t lanes, int64_t first_row,
                     int64_t rows, float* levels) const {
-    const uint32_t* factor = args_.arena + args_.table.row(group.slot)[kTableUOffset];
+    const Factor u{args_.arena + args_.table.row(group.slot)[kTableUOffset], args_.y.cols,
+                   counts(group.slot)};
+    const int64_t panel = first_row / kPanelCodes;
     for (int64_t i = 0; i < lanes; ++i) {
-      const Lane lane = locate_lane(args_.y.cols, counts(group.slot), first + i);
-      const uint32_t* words = factor + lane.offset + lane_words(first_row, lane.bits);
-      for_bits(lane.bits, [&](auto bits) {
-        levels_of_lane<bits.value>(words, block_count(rows), levels + i * kChunkRows);
-      });
+      levels_of_lane(u, first + i, panel, panel + panel_count(rows), levels + i * kChunkRows);
     }
   }
 

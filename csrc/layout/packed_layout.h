@@ -11,15 +11,29 @@
 // LANE. A row of V̂ [rank, in] or a column of Û [out, rank] is a lane: its codes share one width b,
 // 1..8 bits.
 //
-// BLOCK. 32 codes make a block of exactly b words of 32 bits, low bit first. b = 3:
+// BLOCK. 32 codes make a block of exactly b words of 32 bits. Four codes 4f .. 4f+3 make field f,
+// f = 0..7, and lie at the same place of the four bytes of a word: so one shift and one mask turn
+// a word into four codes in bytes, or into two pairs of adjacent codes in 16-bit halves:
 //
-//   word 0  bits 0..31   [c0 c1 .. c9 |c10 low]            code i begins at bit 3i of the block
-//   word 1               [c10 high |c11 .. c20 |c21 low]
-//   word 2               [c21 high |c22 .. c31]
+//   byte    3       2       1       0         code 4f + i of a field is in byte 0, 2, 1, 3 for
+//         [4f+3]  [4f+1]  [4f+2]  [4f  ]      i = 0, 1, 2, 3
+//
+// A byte holds floor(8 / b) whole codes, lowest first; word j holds the fields from
+// j * floor(8 / b) on. The bits that are left over at the top of the bytes, read from word 0 on,
+// lowest bit first, are the fields that remain. The bits 7..0 of every byte of b = 3:
+//
+//   word 0  [6 6|1 1 1|0 0 0]     field 6 = bits 6, 7 of word 0, then bit 6 of word 1
+//   word 1  [7 6|3 3 3|2 2 2]
+//   word 2  [7 7|5 5 5|4 4 4]
 //
 // Blocks start on a word, so work may start at any of them without a prefix scan. The last block of
 // a lane is padded with code 0. Code 0 is not a zero value (there is none): kernels mask what it is
 // multiplied with.
+//
+// PANEL. 256 codes of every lane, 8 blocks, make a panel. A factor is stored panel by panel, so
+// that the part of it that a tile of a product needs is one run of words; the last panel may be
+// narrower. A slice at a multiple of 256 codes is a view of whole panels, one at a multiple of 32
+// a copy of whole words.
 //
 // VALUE. A code q of b bits stands for the level 2q - (2^b - 1), an odd integer: -1, 1 at one bit,
 // -7, -5 .. 7 at three. quantize(w) = clamp(floor(w / (2 * scale)) + 2^(b-1), 0, 2^b - 1) with IEEE
@@ -29,9 +43,11 @@
 // Components are sorted by width descending, then by original index, so that the number of
 // components at each width says all:
 //
-//   V       | 8-bit lanes | 7-bit lanes | .. | 1-bit lanes |    each lane lane_words(in, b) words
-//   U       | 8-bit lanes | 7-bit lanes | .. | 1-bit lanes |    each lane lane_words(out, b) words
-//   scales  | one fp32 a component, same order             |
+//   V       | panel 0: 8-bit lanes, 7-bit lanes, .. 1-bit lanes | panel 1: .. | ..
+//   U       | panel 0: 8-bit lanes, 7-bit lanes, .. 1-bit lanes | panel 1: .. | ..
+//   scales  | one fp32 a component, same order |
+//
+// V's lanes have `in` codes, U's `out`; the words of a lane in a panel are its blocks there.
 //
 // BANK. Many deltas lie in one arena of 32-bit words (scales as fp32 bit patterns). A layer has a
 // table with one row of int64 a slot; where all its counts are zero the slot is empty and adds
@@ -42,8 +58,12 @@
 //            (words)   (words)   (words)       at 8 bits
 namespace adamix {
 
-constexpr int kLayoutVersion = 1;
+constexpr int kLayoutVersion = 2;
 constexpr int kBlockCodes = 32;
+constexpr int kFieldCodes = 4;
+constexpr int kBlockFields = kBlockCodes / kFieldCodes;
+constexpr int kPanelCodes = 256;
+constexpr int kPanelBlocks = kPanelCodes / kBlockCodes;
 constexpr int kMaxBits = 8;
 
 constexpr int kTableVOffset = 0;
@@ -68,26 +88,71 @@ ADAMIX_HD constexpr int level(uint32_t code, int bits) {
   return 2 * static_cast<int>(code) - static_cast<int>(max_code(bits));
 }
 
-ADAMIX_HD inline uint32_t read_code(const uint32_t* block, int i, int bits) {
-  const int bit = i * bits, word = bit / 32, shift = bit % 32;
-  uint32_t window = block[word] >> shift;
-  if (shift + bits > 32) window |= block[word + 1] << (32 - shift);  // the code straddles
-  return window & max_code(bits);
+// Where bit j of a field lies in every byte of a block.
+struct BitPlace {
+  int word;
+  int bit;
+};
+
+ADAMIX_HD constexpr BitPlace place_of_bit(int field, int j, int bits) {
+  const int whole = 8 / bits, left = 8 - whole * bits;
+  if (field < whole * bits) return {field / whole, field % whole * bits + j};
+  const int rest = (field - whole * bits) * bits + j;  // among the bits left over
+  return {rest / left, whole * bits + rest % left};
 }
 
-// The bits that code i of a block puts into one of the block's words; a word is the OR of them over
-// the block.
-ADAMIX_HD inline uint32_t code_in_word(uint32_t code, int i, int bits, int word) {
-  const int shift = i * bits - word * 32;
-  if (shift >= 32 || shift <= -bits) return 0;
-  return shift >= 0 ? code << shift : code >> -shift;
+// From four adjacent codes in bytes, the first in byte 0, to a field's order and back: bytes 1 and
+// 2 change places.
+ADAMIX_HD constexpr uint32_t swap_middle_bytes(uint32_t bytes) {
+  return (bytes & 0xff0000ffu) | (bytes & 0x0000ff00u) << 8 | (bytes & 0x00ff0000u) >> 8;
 }
 
-ADAMIX_HD inline void write_code(uint32_t* block, int i, int bits, uint32_t code) {
-  const int first = i * bits / 32, last = (i * bits + bits - 1) / 32;
-  for (int word = first; word <= last; ++word) {
-    block[word] &= ~code_in_word(max_code(bits), i, bits, word);
-    block[word] |= code_in_word(code, i, bits, word);
+constexpr uint32_t kEveryByte = 0x01010101u;
+
+// The four codes of a field, one a byte, in the order of FIELD. With a constant field and width
+// compilers make one shift and one mask of it, for a field of leftover bits a few; that takes a
+// loop whose length is constant.
+template <int kBits>
+ADAMIX_HD constexpr uint32_t read_field(const uint32_t* block, int field) {
+  uint32_t codes = 0;
+  ADAMIX_UNROLL
+  for (int j = 0; j < kBits; ++j) {
+    const BitPlace place = place_of_bit(field, j, kBits);
+    const uint32_t word = block[place.word];
+    codes |=
+        (place.bit >= j ? word >> (place.bit - j) : word << (j - place.bit)) & (kEveryByte << j);
+  }
+  return codes;
+}
+
+// ORs a field's codes into a block that holds zeros there.
+template <int kBits>
+ADAMIX_HD constexpr void or_field(uint32_t* block, int field, uint32_t codes) {
+  ADAMIX_UNROLL
+  for (int j = 0; j < kBits; ++j) {
+    const BitPlace place = place_of_bit(field, j, kBits);
+    const uint32_t bit = codes & (kEveryByte << j);
+    block[place.word] |= place.bit >= j ? bit << (place.bit - j) : bit >> (j - place.bit);
+  }
+}
+
+// One code alone, bit by bit: the meaning of the above, for those in no hurry.
+ADAMIX_HD constexpr uint32_t read_code(const uint32_t* block, int i, int bits) {
+  constexpr int kByteOf[kFieldCodes] = {0, 2, 1, 3};
+  uint32_t code = 0;
+  for (int j = 0; j < bits; ++j) {
+    const BitPlace place = place_of_bit(i / kFieldCodes, j, bits);
+    code |= (block[place.word] >> (8 * kByteOf[i % kFieldCodes] + place.bit) & 1u) << j;
+  }
+  return code;
+}
+
+ADAMIX_HD constexpr void write_code(uint32_t* block, int i, int bits, uint32_t code) {
+  constexpr int kByteOf[kFieldCodes] = {0, 2, 1, 3};
+  for (int j = 0; j < bits; ++j) {
+    const BitPlace place = place_of_bit(i / kFieldCodes, j, bits);
+    const int shift = 8 * kByteOf[i % kFieldCodes] + place.bit;
+    block[place.word] = (block[place.word] & ~(1u << shift)) | (code >> j & 1u) << shift;
   }
 }
 
@@ -98,28 +163,46 @@ ADAMIX_HD inline int64_t component_count(const int64_t* counts) {
   return rank;
 }
 
+// Words of all lanes of one factor for one block of codes.
+ADAMIX_HD inline int64_t block_column_words(const int64_t* counts) {
+  int64_t words = 0;
+  for (int i = 0; i < kMaxBits; ++i) words += counts[i] * (kMaxBits - i);
+  return words;
+}
+
 // Words of all lanes of one factor: of V with codes = in, of U with codes = out.
 ADAMIX_HD inline int64_t factor_words(int64_t codes, const int64_t* counts) {
-  int64_t words = 0;
-  for (int i = 0; i < kMaxBits; ++i) words += counts[i] * lane_words(codes, kMaxBits - i);
-  return words;
+  return block_count(codes) * block_column_words(counts);
+}
+
+ADAMIX_HD constexpr int64_t panel_count(int64_t codes) {
+  return (codes + kPanelCodes - 1) / kPanelCodes;
+}
+
+// Blocks of a lane in one panel: 8, in the last panel what is left.
+ADAMIX_HD constexpr int panel_blocks(int64_t codes, int64_t panel) {
+  const int64_t left = block_count(codes) - panel * kPanelBlocks;
+  return static_cast<int>(left < kPanelBlocks ? left : kPanelBlocks);
 }
 
 struct Lane {
   int bits;
-  int64_t offset;  // words from the first word of the factor
+  // Words of the lanes before it for one block of codes: in panel p the lane begins at word
+  //   p * kPanelBlocks * block_column_words(counts) + panel_blocks(codes, p) * words_before
+  // of the factor, and its blocks there follow each other.
+  int64_t words_before;
 };
 
-// Where a component's lane begins: needs 0 <= component < component_count(counts).
-ADAMIX_HD inline Lane locate_lane(int64_t codes, const int64_t* counts, int64_t component) {
-  int64_t offset = 0;
+// Needs 0 <= component < component_count(counts).
+ADAMIX_HD inline Lane locate_lane(const int64_t* counts, int64_t component) {
+  int64_t before = 0;
   int i = 0;
   for (; i < kMaxBits - 1 && component >= counts[i]; ++i) {
     component -= counts[i];
-    offset += counts[i] * lane_words(codes, kMaxBits - i);
+    before += counts[i] * (kMaxBits - i);
   }
   const int bits = kMaxBits - i;
-  return {bits, offset + component * lane_words(codes, bits)};
+  return {bits, before + component * bits};
 }
 
 }  // namespace adamix

@@ -1,0 +1,147 @@
+"""A row a measurement: what was measured, how long it took, how near it is to the device's roof.
+
+Without torch: plot.py reads rows on any machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import subprocess
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+CEILING = "ceiling"  # the op of rows that say what the device can do
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times are per call, in microseconds: the median over replays, the least and the most.
+
+    None (an empty cell) where a field does not apply, and for every figure of a row that was
+    skipped: `note` says why.
+    """
+
+    op: str
+    shape: str  # in x out, or rows x columns
+    models: int | None
+    tokens: int | None  # a model
+    dtype: str
+    bits: str  # a weight (delta_gemm), a code (pack, unpack, gptq)
+    impl: str  # "adamix" or a rival's name
+    path: str = ""  # which of the implementation's paths was the fastest
+    us: float | None = None
+    us_min: float | None = None
+    us_max: float | None = None
+    bytes: float | None = None  # what a call must move, everything once
+    flops: float | None = None  # of a call
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    roof_share: float | None = None  # the roof's time over the measured time
+    error: float | None = None  # relative, against the CPU operator
+    calls: int | None = None  # in the graph
+    sets: int | None = None  # of inputs and deltas that the calls go through in turn
+    replays: int | None = None
+    copy_gb_per_s: float | None = None  # the roof: read and written bytes of a large copy
+    roof_tflop_per_s: float | None = None  # and a large matrix product of this kind
+    note: str = ""
+    device: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.op, self.shape, self.models, self.tokens, self.dtype, self.bits, self.impl
+
+
+FIELDS = [field.name for field in dataclasses.fields(Row)]
+TYPES = typing.get_type_hints(Row)
+
+
+def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
+    """The least time in µs: moving the bytes or doing the arithmetic, whichever takes longer."""
+    return max(moved / (copy_gb_per_s * 1e3), flops / (tflop_per_s * 1e6))
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add a row to a CSV file, under a header if the file is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        check_header(path)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(FIELDS)
+        writer.writerow([_cell(value) for value in dataclasses.astuple(row)])
+
+
+def check_header(path: Path) -> None:
+    with path.open(newline="") as file:
+        header = next(csv.reader(file), [])
+    if header != FIELDS:
+        raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    """All rows of CSV files, in order.
+
+    Raises:
+        ValueError: a file has other columns.
+    """
+    rows = []
+    for path in paths:
+        check_header(path)
+        with path.open(newline="") as file:
+            rows += [Row(**{name: _value(name, cell) for name, cell in record.items()})
+                     for record in csv.DictReader(file)]
+    return rows
+
+
+def latest(rows: Iterable[Row]) -> dict[tuple[object, ...], Row]:
+    """The last row of each key; a skipped measurement never hides one that was made."""
+    last: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if row.us is not None or last.get(row.key) is None or last[row.key].us is None:
+            last[row.key] = row
+    return last
+
+
+def commit(folder: Path) -> str:
+    """The commit that is measured, with a "+" where files differ from it.
+
+    `ADAMIX_COMMIT` in the environment stands for it where the files are a copy.
+    """
+    if named := os.environ.get("ADAMIX_COMMIT"):
+        return named
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + "+" * bool(changed.returncode) if head.stdout else "unknown"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _value(name: str, cell: str) -> str | int | float | None:
+    kind = TYPES[name]
+    if kind is str:
+        return cell
+    inner = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    return inner(cell) if cell else None

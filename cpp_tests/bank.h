@@ -1,0 +1,166 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "bitpack/bitpack.h"
+#include "common/float16.h"
+#include "layout/packed_layout.h"
+#include "testing.h"
+
+// Deltas as plain numbers, the same packed into a bank, and what a product with one of them is in
+// double: for the tests of delta_gemm on either device.
+namespace adamix::testing {
+
+using Counts = std::vector<int64_t>;  // components at 8, 7 .. 1 bits
+
+// A delta before it is packed: levels as plain numbers.
+struct Delta {
+  std::vector<std::vector<double>> v, u;  // [rank][in], [rank][out]
+  std::vector<float> scales;
+
+  int64_t rank() const { return static_cast<int64_t>(v.size()); }
+};
+
+struct Bank {
+  int64_t in, out;
+  int64_t alignment = 1;  // words that a factor begins at a multiple of
+  std::vector<uint32_t> arena = std::vector<uint32_t>(3, 0xdeadbeefu);  // nothing starts at word 0
+  std::vector<int64_t> table = {};
+  std::vector<Delta> deltas = {};
+
+  int64_t capacity() const { return static_cast<int64_t>(deltas.size()); }
+  int64_t max_rank() const {
+    int64_t most = 0;
+    for (const Delta& delta : deltas) most = std::max(most, delta.rank());
+    return most;
+  }
+
+  // Where the next factor or the scales begin.
+  int64_t offset() {
+    while (static_cast<int64_t>(arena.size()) % alignment != 0) arena.push_back(0xdeadbeefu);
+    return static_cast<int64_t>(arena.size());
+  }
+
+  // A factor's codes [lane][code], panel by panel: in each, what every lane has there.
+  void append_factor(const std::vector<std::vector<uint8_t>>& codes, const std::vector<int>& bits,
+                     int64_t n) {
+    for (int64_t first = 0; first < n; first += kPanelCodes) {
+      const int64_t width = std::min<int64_t>(kPanelCodes, n - first);
+      for (size_t lane = 0; lane < codes.size(); ++lane) {
+        const int64_t words = lane_words(width, bits[lane]);
+        arena.resize(arena.size() + words);
+        pack_cpu({{&*arena.end() - words, 1, words, words},
+                  {codes[lane].data() + first, 1, width, width},
+                  bits[lane]},
+                 serial_for);
+      }
+    }
+  }
+
+  // Random codes. Scales are such that every component weighs the same, whatever its width.
+  void add(const Counts& counts, uint32_t seed) {
+    Delta delta;
+    std::vector<int> widths;
+    for (int bits = kMaxBits; bits >= 1; --bits)
+      widths.insert(widths.end(), counts[kMaxBits - bits], bits);
+    std::vector<int64_t> row;
+    for (auto* lanes : {&delta.v, &delta.u}) {
+      const int64_t n = lanes == &delta.v ? in : out;
+      std::vector<std::vector<uint8_t>> codes;
+      for (const int bits : widths) {
+        codes.push_back(random_codes(n, bits, seed++));
+        lanes->emplace_back();
+        for (const uint8_t code : codes.back()) lanes->back().push_back(level(code, bits));
+      }
+      row.push_back(offset());
+      append_factor(codes, widths, n);
+    }
+    row.push_back(offset());
+    delta.scales = random_normal(delta.rank(), seed);
+    for (size_t i = 0; i < widths.size(); ++i) {
+      const auto top = static_cast<float>(max_code(widths[i]));
+      arena.push_back(float_bits(delta.scales[i] *= 0.03f / (top * top)));
+    }
+    row.insert(row.end(), counts.begin(), counts.end());
+    table.insert(table.end(), row.begin(), row.end());
+    deltas.push_back(delta);
+  }
+};
+
+inline Bank mixed_bank(int64_t in, int64_t out, int64_t alignment = 1) {
+  Bank bank{in, out, alignment};
+  bank.add({1, 2, 0, 1, 3, 5, 4, 2}, 100);
+  bank.add({0, 0, 0, 0, 0, 0, 0, 0}, 200);  // empty
+  bank.add({0, 0, 0, 0, 0, 1, 0, 0}, 300);
+  bank.add({3, 0, 0, 0, 0, 0, 0, 30}, 400);
+  return bank;
+}
+
+// What a token's row of y gains, element by element.
+struct Gain {
+  std::vector<double> exact;
+  std::vector<double> magnitude;    // the same product of absolute values
+  std::vector<double> z_magnitude;  // sum of |U| |z|, z being what it is
+  std::vector<double> spread;       // what it would be, were all of |x| and of |z| as the largest
+};
+
+// Plain loops in double; empty vectors for the base.
+inline Gain gain_of(const Bank& bank, int32_t slot, const float* x) {
+  Gain gain;
+  if (slot < 0 || slot >= bank.capacity() || bank.deltas[slot].rank() == 0) return gain;
+  const Delta& delta = bank.deltas[slot];
+  const auto out = static_cast<size_t>(bank.out);
+  for (auto* sums : {&gain.exact, &gain.magnitude, &gain.z_magnitude, &gain.spread}) {
+    sums->assign(out, 0.0);
+  }
+  double largest_x = 0, largest_z = 0;
+  for (int64_t k = 0; k < bank.in; ++k) largest_x = std::max<double>(largest_x, std::abs(x[k]));
+  for (size_t i = 0; i < delta.v.size(); ++i) {
+    double z = 0, magnitude = 0, levels = 0;
+    for (int64_t k = 0; k < bank.in; ++k) {
+      z += delta.v[i][k] * x[k];
+      magnitude += std::abs(delta.v[i][k] * x[k]);
+      levels += std::abs(delta.v[i][k]);
+    }
+    const double scale = delta.scales[i];
+    largest_z = std::max(largest_z, std::abs(scale * z));
+    for (size_t o = 0; o < out; ++o) {
+      const double u = delta.u[i][o];
+      gain.exact[o] += u * scale * z;
+      gain.magnitude[o] += std::abs(u * scale) * magnitude;
+      gain.z_magnitude[o] += std::abs(u * scale * z);
+      gain.spread[o] += std::abs(u * scale) * levels * largest_x;
+    }
+  }
+  for (size_t i = 0; i < delta.v.size(); ++i) {
+    for (size_t o = 0; o < out; ++o) gain.spread[o] += std::abs(delta.u[i][o]) * largest_z;
+  }
+  return gain;
+}
+
+// Half the distance of neighbours, relative.
+template <typename T>
+constexpr double rounding_of() {
+  if constexpr (std::is_same_v<T, float>) return 0x1p-24;
+  return std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+}
+
+template <typename T>
+std::vector<T> random_numbers(int64_t count, float size, uint32_t seed) {
+  std::vector<T> numbers;
+  for (const float value : random_normal(count, seed))
+    numbers.push_back(from_float<T>(size * value));
+  return numbers;
+}
+
+template <typename T>
+std::vector<float> in_fp32(const std::vector<T>& numbers) {
+  std::vector<float> values;
+  for (const T number : numbers) values.push_back(to_float(number));
+  return values;
+}
+
+}  // namespace adamix::testing

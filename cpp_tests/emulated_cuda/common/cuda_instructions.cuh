@@ -1,0 +1,142 @@
+#pragma once
+
+#include <type_traits>
+
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "cuda_runtime.h"
+
+// csrc/common/cuda_instructions.cuh on the emulator; what the functions mean stands there.
+namespace adamix {
+
+inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                     uint32_t b0, uint32_t b1) {
+  struct In {
+    uint32_t a[4], b[2];
+  };
+  struct Out {
+    int32_t c[4];
+  };
+  const Out sum = emulator::Block::current().together<Out>(
+      "mma_u8s8", In{{a0, a1, a2, a3}, {b0, b1}}, [](const auto& ins, const auto& outs) {
+        const auto byte = [](uint32_t word, int i) { return word >> 8 * i & 0xffu; };
+        for (int row = 0; row < 16; ++row) {
+          for (int column = 0; column < 8; ++column) {
+            int32_t total = 0;
+            for (int k = 0; k < 32; ++k) {
+              const uint32_t a = ins[row % 8 * 4 + k % 16 / 4]->a[row / 8 + k / 16 * 2];
+              const uint32_t b = ins[column * 4 + k % 16 / 4]->b[k / 16];
+              total += static_cast<int32_t>(byte(a, k % 4)) * static_cast<int8_t>(byte(b, k % 4));
+            }
+            outs[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2] = total;
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) c[i] += sum.c[i];
+}
+
+template <typename T>
+float number_of_pair(uint32_t pair, int which) {
+  const auto bits = static_cast<uint16_t>(pair >> 16 * which);
+  T number;
+  std::memcpy(&number, &bits, sizeof(bits));
+  return to_float(number);
+}
+
+template <typename T>
+uint32_t pair_of_numbers(double low, double high) {
+  const auto bits = [](double value) {
+    const T number = from_float<T>(static_cast<float>(value));
+    uint16_t raw;
+    std::memcpy(&raw, &number, sizeof(raw));
+    return uint32_t{raw};
+  };
+  return bits(low) | bits(high) << 16;
+}
+
+template <typename T>
+void mma_pairs(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct In {
+    uint32_t a[4], b[2];
+  };
+  struct Out {
+    float c[4];
+  };
+  const Out sum = emulator::Block::current().together<Out>(
+      "mma_pairs", In{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [](const auto& ins, const auto& outs) {
+        for (int row = 0; row < 16; ++row) {
+          for (int column = 0; column < 8; ++column) {
+            double total = 0;
+            for (int k = 0; k < 16; ++k) {
+              const int t = k % 8 / 2, half = k / 8;
+              total +=
+                  double{number_of_pair<T>(ins[row % 8 * 4 + t]->a[row / 8 + half * 2], k % 2)} *
+                  number_of_pair<T>(ins[column * 4 + t]->b[half], k % 2);
+            }
+            outs[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2] = static_cast<float>(total);
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) c[i] += sum.c[i];
+}
+
+inline void load_matrices(uint32_t (&out)[4], uint32_t shared_row) {
+  struct Out {
+    uint32_t pair[4];
+  };
+  const Out loaded = emulator::Block::current().together<Out>(
+      "load_matrices", shared_row, [](const auto& ins, const auto& outs) {
+        for (int lane = 0; lane < emulator::kWarpLanes; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t row = *ins[8 * i + lane / 4];
+            if (row % 16 != 0) emulator::fail("a matrix row that is not aligned to 16 bytes");
+            std::memcpy(&outs[lane]->pair[i], emulator::shared_pointer(row, 16) + lane % 4 * 4, 4);
+          }
+        }
+      });
+  for (int i = 0; i < 4; ++i) out[i] = loaded.pair[i];
+}
+
+template <typename T>
+uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int i) {
+    return double{number_of_pair<T>(a, i)} * number_of_pair<T>(b, i) + number_of_pair<T>(c, i);
+  };
+  return pair_of_numbers<T>(one(0), one(1));
+}
+
+inline void barrier_sync(int id, int threads) {
+  emulator::Block::current().named_barrier(id, threads, true);
+}
+inline void barrier_arrive(int id, int threads) {
+  emulator::Block::current().named_barrier(id, threads, false);
+}
+inline void fence_shared_for_wgmma() {}
+
+inline void* dynamic_shared() {
+  return emulator::Block::dynamic_shared();
+}
+
+inline uint32_t shared_address(const void* pointer) {
+  return emulator::shared_address(pointer);
+}
+inline void copy_async_16(uint32_t shared, const void* global) {
+  emulator::Block::current().copy_later(emulator::shared_pointer(shared, 16), global, 16);
+}
+inline void copy_async_4(uint32_t shared, const void* global) {
+  emulator::Block::current().copy_later(emulator::shared_pointer(shared, 4), global, 4);
+}
+inline void commit_copies() {
+  emulator::Block::current().commit_copies();
+}
+template <int kPending>
+void wait_copies() {
+  emulator::Block::current().wait_copies(kPending);
+}
+inline void prefetch(const void*) {}
+inline void wait_for_previous_kernel() {
+  emulator::Block::current().wait_for_previous_kernel();
+}
+inline void let_next_kernel_start() {}
+
+}  // namespace adamix

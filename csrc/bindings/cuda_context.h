@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include "bindings/tensor_args.h"
+
+// Where a CUDA binding launches: torch's current stream on the tensor's device, with CUDA's errors
+// in words.
+namespace adamix::bindings {
+
+inline void check_cuda(const char* op, cudaError_t status) {
+  ADAMIX_CHECK(status == cudaSuccess, op, ": CUDA says: ", cudaGetErrorString(status));
+}
+
+// torch's current stream. The function is no global symbol and is missing where torch has no CUDA,
+// where this library must load all the same: so it is looked up in the library that torch has
+// loaded.
+inline cudaStream_t current_stream(const char* op, int32_t device) {
+  using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+  static const auto get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_NOW);
+    void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  void* stream = nullptr;
+  ADAMIX_CHECK(get != nullptr && get(device, &stream) == 0, op,
+               ": torch does not tell its current CUDA stream; is this torch built with CUDA?");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Launches go to the tensor's device, whichever is current; the caller's device comes back
+// afterwards.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, const Tensor& tensor) {
+    check_cuda(op, cudaGetDevice(&previous_));
+    check_cuda(op, cudaSetDevice(tensor.get_device_index()));
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+}  // namespace adamix::bindings

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <mutex>
+#include <vector>
+
+// How kernels are launched, and what they must know of the device for it.
+namespace adamix {
+
+struct Device {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that one thread block may have
+};
+
+inline cudaError_t current_device(Device& device) {
+  int id = 0;
+  cudaError_t status = cudaGetDevice(&id);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
+  };
+  read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return status;
+}
+
+constexpr int kReservedBytes = 1024;  // what the system keeps of a thread block's shared memory
+
+struct Grid {
+  dim3 blocks;
+  dim3 threads;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+// What is found out once for every kernel on every device.
+struct KernelFacts {
+  const void* kernel;
+  int device;
+  bool overlaps;  // compiled for sm_90 or later, so that wait_for_previous_kernel() waits
+};
+
+// Lets a kernel have all the shared memory there is: a limit that a launch on another thread cannot
+// lower again.
+inline cudaError_t prepare_kernel(const void* kernel, const Device& device, KernelFacts& facts) {
+  static std::mutex mutex;
+  static std::vector<KernelFacts> known;
+  int id = 0;
+  cudaError_t status = cudaGetDevice(&id);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const KernelFacts& one : known) {
+    if (one.kernel == kernel && one.device == id) return facts = one, cudaSuccess;
+  }
+  cudaFuncAttributes attributes = {};
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  const int fixed = static_cast<int>(attributes.sharedSizeBytes);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                device.shared_bytes - fixed);
+  if (status != cudaSuccess) return status;
+  known.push_back(facts = {kernel, id, attributes.ptxVersion >= 90});
+  return cudaSuccess;
+}
+
+template <typename... Args>
+cudaError_t launch_configured(void (*kernel)(Args...), const Grid& grid, cudaLaunchConfig_t config,
+                              const Args&... args) {
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared_bytes;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
+  if (status != cudaSuccess) cudaGetLastError();  // told here, so not again to who asks next
+  return status;
+}
+
+// kernel<<<grid>>>(args...).
+template <typename... Args>
+cudaError_t launch(void (*kernel)(Args...), const Grid& grid, cudaStream_t stream,
+                   const Args&... args) {
+  cudaLaunchConfig_t config = {};
+  config.stream = stream;
+  return launch_configured(kernel, grid, config, args...);
+}
+
+// The same, with any shared memory, and the kernel may start while the one before it on the stream
+// still runs, where the device can do that. Only for kernels that call wait_for_previous_kernel()
+// before they read what others wrote or write what others read.
+template <typename... Args>
+cudaError_t launch_overlapped(void (*kernel)(Args...), const Grid& grid, const Device& device,
+                              cudaStream_t stream, const Args&... args) {
+  KernelFacts facts = {};
+  const cudaError_t status = prepare_kernel(reinterpret_cast<const void*>(kernel), device, facts);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = facts.overlaps ? 1 : 0;
+  return launch_configured(kernel, grid, config, args...);
+}
+
+}  // namespace adamix

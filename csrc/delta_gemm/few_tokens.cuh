@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "delta_gemm/delta_gemm_cuda.h"
+#include "delta_gemm/fixed_point.cuh"
+#include "delta_gemm/routes.cuh"
+
+// delta_gemm where few tokens share a delta: the packed words bound the time, each is read once and
+// serves the two tokens of a group. Two kernels, one thread block a multiprocessor:
+//
+//   down   z = scale · V x      a tile: 16 components of a group, all panels of V
+//   up     y += U z             a tile: 256 outputs (one panel of U) of a group, all components
+//
+// The tiles of all groups, weighted with their words, are cut into equal shares for the thread
+// blocks, a share into batches (tiles of one group, as many as there are sums in shared memory), a
+// batch into equal shares for the warps. A warp streams its words through shared memory
+// (word_stream.cuh) and multiplies codes as unsigned bytes with x or z as three signed ones
+// (fixed_point.cuh):
+//
+//   sum of level · v = 2 * sum of code · v - (2^b - 1) * sum of v
+//
+// All of that is whole numbers, so sums may be shared out and added in any order: the same token
+// gives the same bits, whatever else is in the launch.
+namespace adamix {
+
+// fp32 z [layers, tokens, max_rank].
+inline size_t few_tokens_scratch_bytes(const DeltaGemmCudaArgs& args) {
+  return static_cast<size_t>(args.layer_count * args.tokens * args.max_rank) * sizeof(float);
+}
+
+// Both need args.tokens <= kFewTokens.
+cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+
+// Sums of a tile in shared memory: [column][row], a column being a (token, digit).
+constexpr int kColumns = kGroupTokens * kDigits;
+
+struct Tokens {
+  int id[kGroupTokens];  // -1: none
+
+  // Which of them a thread works for; no array access, which would put the array into memory.
+  __device__ int of(int which) const { return which == 0 ? id[0] : id[1]; }
+
+  __device__ bool operator==(const Tokens& other) const {
+    return id[0] == other.id[0] && id[1] == other.id[1];
+  }
+};
+
+// Thread 4g + t of a warp holds column g of the second factor: four columns a token, three of them
+// digits. What the others hold is multiplied and never added.
+__device__ inline int plane_of_thread(const Tokens& tokens) {
+  const int g = threadIdx.x % 32 / 4, token = g / 4, digit = g % 4;
+  return tokens.of(token) < 0 ? 0 : token * kDigits + min(digit, kDigits - 1);
+}
+
+// Adds a thread's four sums of a byte product to the tile's: rows `row` and `row + step` of
+// columns 2t, 2t + 1.
+__device__ inline void add_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride, int row,
+                                int step, const Tokens& tokens) {
+  const int t = threadIdx.x % 4;
+  if (tokens.of(t / 2) < 0) return;
+  const int plane = t / 2 * kDigits + t % 2 * 2;
+  int32_t* first = tile + plane * column_stride + row;
+  atomicAdd(first, sum[0]);
+  atomicAdd(first + step, sum[2]);
+  if (t % 2 == 0) {
+    atomicAdd(first + column_stride, sum[1]);
+    atomicAdd(first + column_stride + step, sum[3]);
+  }
+}
+
+__device__ inline int64_t read_sum(const int32_t* tile, int column_stride, int row, int token) {
+  const int32_t* high = tile + token * kDigits * column_stride + row;
+  return join_digits(high[0], high[column_stride], high[2 * column_stride]);
+}
+
+__device__ inline void zero_words(void* words, int count) {
+  auto* data = static_cast<int32_t*>(words);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) data[i] = 0;
+}
+
+// As many warps as get a ring each.
+inline int warps_for(int bytes, int ring_words, int most) {
+  return std::clamp(bytes / (ring_words * 4), 1, most);
+}
+
+}  // namespace adamix

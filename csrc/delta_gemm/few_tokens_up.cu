@@ -1,0 +1,314 @@
+#include <algorithm>
+
+#include "common/cuda_launch.cuh"
+#include "delta_gemm/few_tokens.cuh"
+#include "delta_gemm/few_tokens_up_product.cuh"
+#include "delta_gemm/word_stream.cuh"
+
+// y += U z. A tile: 256 outputs (one panel of U) of a group, all components; see few_tokens.cuh.
+namespace adamix {
+namespace {
+
+constexpr int kUpPanels = 4;        // of a batch: 28 KiB of sums
+constexpr int kUpPositions = 2048;  // components whose z is in shared memory at a time
+constexpr int kMaxUpWarps = 12;     // of 168 registers: 64 of them hold sums
+
+constexpr int kUpRingWords = UpShape::kDepth * UpShape::kStageWords;  // a warp
+
+// Rows of a panel in shared memory: thread g holds outputs 32g ..; 9 and 296 keep both the adding
+// and the reading free of bank conflicts.
+constexpr int kUpRowStride = 9;
+constexpr int kUpColumnStride = 296;
+constexpr int kZPlaneBytes = kUpPositions + 16;
+
+struct alignas(16) UpShared {
+  SharedRoutes routes;
+  int32_t sums[kUpPanels][kColumns][kUpColumnStride];
+  int8_t z[kColumns][kZPlaneBytes];
+  int64_t reduce[2 * 32];
+};
+
+// A warp's way through its part of (panels of a batch) x (runs of a chunk), in stages.
+struct UpWalk {
+  StageSource<UpShape> stage;
+  int first_run, last_run;
+  int left;  // stages
+
+  __device__ bool done() const { return left == 0; }
+
+  __device__ void next(const Counts& counts, const Factor& factor) {
+    if (--left == 0) return;
+    UpShape::Run& run = stage.run;
+    if (run.index + 1 == last_run) {
+      ++stage.panel;
+      run.seek(counts, first_run);
+    } else if (!run.last_of_width()) {
+      stage.source += UpShape::Run::lanes_of(run.bits) * run.bits * factor.blocks(stage.panel);
+      return run.next(counts);
+    } else {
+      run.next(counts);
+    }
+    stage.place(factor);
+  }
+};
+
+class Up {
+ public:
+  __device__ Up(const DeltaGemmCudaArgs& args, UpShared& shared) : args_(args), shared_(shared) {
+    ring_ = reinterpret_cast<uint32_t*>(&shared + 1) + threadIdx.x / 32 * kUpRingWords;
+  }
+
+  __device__ void run() {
+    make_groups(args_, shared_.routes);
+    const DeltaLayer* layers = args_.layers;
+    share_out(args_, shared_.routes, [layers](int layer, const Entry& entry) {
+      const int panels = static_cast<int>(panel_count(layers[layer].out));
+      return Work{int64_t{panels} * runs_of_entry<UpShape::Run>(entry.counts).total_cost(), panels};
+    });
+    for_share(args_, shared_.routes,
+              [this](int e, int begin, int end) { run_entry(e, begin, end); });
+    if (!waited_) wait_for_previous_kernel();  // else the kernel after could overtake `down`
+  }
+
+ private:
+  // The panels that begin in [begin, end) of the entry.
+  __device__ void run_entry(int e, int begin, int end) {
+    const int group = e % shared_.routes.groups;
+    layer_ = e / shared_.routes.groups;
+    entry_ = entry_at(args_, shared_.routes, e);
+    out_ = args_.layers[layer_].out;
+    factor_ = make_factor(args_.arena + entry_.u_offset, entry_.counts, out_);
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) tokens_.id[i] = shared_.routes.group_token[group][i];
+    have_z_ = false;
+    const int words = runs_of_entry<UpShape::Run>(entry_.counts).total_cost();
+    const int cost = shared_.routes.by_tile ? 1 : words;
+    const int first = (begin + cost - 1) / cost, last = (end + cost - 1) / cost;
+    for (int panel = first; panel < last; panel += kUpPanels) {
+      run_batch(panel, min(last, panel + kUpPanels));
+    }
+  }
+
+  __device__ void run_batch(int first_panel, int last_panel) {
+    __syncthreads();  // the sums of the batch before are read
+    zero_words(shared_.sums, (last_panel - first_panel) * kColumns * kUpColumnStride);
+    const int runs = runs_of_entry<UpShape::Run>(entry_.counts).total();
+    for (int first = 0, last; first < runs; first = last) {
+      last = last_run_beside(first, runs);
+      run_chunk(first_panel, last_panel, first, last, last - first == runs);
+    }
+    int64_t offset[kGroupTokens] = {level_offset_[0], level_offset_[1]};
+    reduce_block(offset, shared_.reduce, [](int64_t a, int64_t b) { return a + b; });
+    add_to_y(first_panel, last_panel, offset);
+  }
+
+  // The end of the runs that have room in shared memory together with run `first`.
+  __device__ int last_run_beside(int first, int runs) const {
+    UpShape::Run begin, end;
+    begin.seek(entry_.counts, first);
+    int last = min(runs, first + kUpPositions / 16);
+    for (;; --last) {
+      end.seek(entry_.counts, last - 1);
+      if (end.position + UpShape::Run::lanes_of(end.bits) - begin.position <= kUpPositions) {
+        return last;
+      }
+    }
+  }
+
+  __device__ UpWalk walk_of_warp(int first_panel, int last_panel, int first_run,
+                                 int last_run) const {
+    const Items runs = part_of(runs_of_entry<UpShape::Run>(entry_.counts), first_run, last_run);
+    const int width = last_run - first_run, cost = runs.total_cost();
+    const auto stage_at = [&](int words) {
+      const int panel = words / cost;
+      return panel * width + runs.before(words - panel * cost);
+    };
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int total = cost * (last_panel - first_panel);
+    const int first = stage_at(total * warp / warps), last = stage_at(total * (warp + 1) / warps);
+    UpWalk walk = {{}, first_run, last_run, last - first};
+    if (walk.left == 0) return walk;
+    walk.stage.panel = first_panel + first / width;
+    walk.stage.first_block = 0;
+    walk.stage.run.seek(entry_.counts, first_run + first % width);
+    walk.stage.place(factor_);
+    return walk;
+  }
+
+  __device__ void run_chunk(int first_panel, int last_panel, int first_run, int last_run,
+                            bool all_runs) {
+    UpWalk use = walk_of_warp(first_panel, last_panel, first_run, last_run);
+    // Under way while z is prepared, and at first while `down` still runs.
+    StageStream<UpShape, UpWalk> stream(use, ring_, entry_.counts, factor_);
+    if (!waited_) wait_for_previous_kernel();
+    waited_ = true;
+    const int first_position = load_z(first_run, last_run, all_runs);
+    prefetch_y(first_panel, last_panel);
+    __syncthreads();
+
+    const int8_t* z = shared_.z[plane_of_thread(tokens_)] + threadIdx.x % 4 * 4 - first_position;
+    int32_t sum[kBlockFields][2][4] = {};
+    while (!use.done()) {
+      const uint32_t* stage = stream.next(entry_.counts, factor_);
+      const int8_t* digits = z + use.stage.run.position;
+      const uint32_t z0 = *reinterpret_cast<const uint32_t*>(digits);
+      const uint32_t z1 = *reinterpret_cast<const uint32_t*>(digits + 16);
+      // Lanes that are not there hold what was there before: any codes, times zeros.
+      for_width(use.stage.run.bits,
+                [&](auto bits) { multiply_up<decltype(bits)::value>(stage, z0, z1, sum); });
+      const int panel = use.stage.panel;
+      use.next(entry_.counts, factor_);
+      if (use.done() || use.stage.panel != panel) flush(sum, shared_.sums[panel - first_panel][0]);
+    }
+    __syncthreads();
+  }
+
+  __device__ void flush(int32_t (&sum)[kBlockFields][2][4], int32_t* panel) const {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int field = 0; field < kBlockFields; ++field) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = (field * kFieldCodes + 2 * r) * kUpRowStride + g;
+        add_sums(sum[field][r], panel, kUpColumnStride, row, kUpRowStride, tokens_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[field][r][i] = 0;
+      }
+    }
+  }
+
+  // The digits of the group's z, runs [first, last), lane t + 4i of each 16 at byte 4t + i; zeros
+  // where a run is short. Returns the position of the first byte.
+  __device__ int load_z(int first_run, int last_run, bool all_runs) {
+    UpShape::Run begin, end;
+    begin.seek(entry_.counts, first_run);
+    if (all_runs && have_z_) return begin.position;
+    end.seek(entry_.counts, last_run - 1);
+    const int bytes = end.position + UpShape::Run::lanes_of(end.bits) - begin.position;
+    const auto* z = static_cast<const float*>(args_.scratch);
+    if (!have_z_) find_units(z);
+    have_z_ = true;
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) {
+      if (first_run == 0) level_offset_[i] = 0;
+      if (tokens_.id[i] < 0) continue;
+      const float* row = z + (layer_ * args_.tokens + tokens_.id[i]) * args_.max_rank;
+      for (int at = threadIdx.x; at < bytes; at += blockDim.x) {
+        int bits = 0;
+        const int component = component_at(begin.position + at, bits);
+        const int number = component >= 0 ? to_number(row[component], unit_[i]) : 0;
+        level_offset_[i] += int64_t{number} * static_cast<int>(max_code(bits));
+        const uint32_t digits = digits_of(number);
+        const int byte = at / 16 * 16 + at % 4 * 4 + at % 16 / 4;
+#pragma unroll
+        for (int d = 0; d < kDigits; ++d) {
+          shared_.z[i * kDigits + d][byte] = static_cast<int8_t>(digits >> 8 * (kDigits - 1 - d));
+        }
+      }
+    }
+    return begin.position;
+  }
+
+  // The component at a position, or -1, and its width.
+  __device__ int component_at(int position, int& bits) const {
+    int component = -1, before = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) {
+      const int lanes = UpShape::Run::lanes_of(kMaxBits - i), count = entry_.counts.at[i];
+      const int padded = (count + lanes - 1) / lanes * lanes;
+      if (position >= 0 && position < padded) {
+        bits = kMaxBits - i;
+        component = position < count ? before + position : -1;
+      }
+      position -= padded;
+      before += count;
+    }
+    return component;
+  }
+
+  __device__ void find_units(const float* z) {
+    uint32_t largest[kGroupTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) {
+      if (tokens_.id[i] < 0) continue;
+      const float* row = z + (layer_ * args_.tokens + tokens_.id[i]) * args_.max_rank;
+      for (int c = threadIdx.x; c < entry_.rank; c += blockDim.x) {
+        largest[i] = max(largest[i], magnitude_bits(row[c]));
+      }
+    }
+    reduce_block(largest, reinterpret_cast<uint32_t*>(shared_.reduce),
+                 [](uint32_t a, uint32_t b) { return max(a, b); });
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(largest[i]);
+  }
+
+  // A line of 128 bytes a thread; one that lies across two is met by its neighbour but for the
+  // last.
+  __device__ void prefetch_y(int first_panel, int last_panel) const {
+    const DeltaLayer& layer = args_.layers[layer_];
+    const int64_t size = args_.element == Element::kFloat ? 4 : 2, line = 128 / size;
+    const int64_t o = int64_t{first_panel} * kPanelCodes + threadIdx.x * line;
+    if (o >= min(out_, int64_t{last_panel} * kPanelCodes)) return;
+#pragma unroll
+    for (int token = 0; token < kGroupTokens; ++token) {
+      if (tokens_.id[token] < 0) continue;
+      const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
+      prefetch(static_cast<const char*>(layer.y) + at * size);
+    }
+  }
+
+  __device__ void add_to_y(int first_panel, int last_panel, const int64_t (&offset)[2]) {
+    const DeltaLayer& layer = args_.layers[layer_];
+    const int values = (last_panel - first_panel) * kPanelCodes;
+    for (int i = threadIdx.x; i < values; i += blockDim.x) {
+      const int panel = i / kPanelCodes, code = i % kBlockCodes, g = i % kPanelCodes / kBlockCodes;
+      const int64_t o = int64_t{first_panel} * kPanelCodes + i;
+      if (o >= out_) continue;
+#pragma unroll
+      for (int token = 0; token < kGroupTokens; ++token) {
+        if (tokens_.id[token] < 0) continue;
+        const int64_t codes =
+            read_sum(shared_.sums[panel][0], kUpColumnStride, code * kUpRowStride + g, token);
+        const float delta = static_cast<float>(2 * codes - offset[token]) * unit_[token].unit;
+        const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
+        const float y = load_element(layer.y, at, args_.element);
+        store_element(layer.y, at, args_.element, y + delta);
+      }
+    }
+  }
+
+  const DeltaGemmCudaArgs& args_;
+  UpShared& shared_;
+  uint32_t* ring_;  // of the warp
+  int layer_ = 0;
+  int64_t out_ = 0;
+  Entry entry_;
+  Factor factor_;
+  Tokens tokens_;
+  Unit unit_[kGroupTokens];             // of z
+  int64_t level_offset_[kGroupTokens];  // sum of (2^b - 1) · z of the numbers this thread made
+  bool have_z_ = false;                 // its digits, or at least its unit
+  bool waited_ = false;
+};
+
+__global__ void __launch_bounds__(kMaxUpWarps * 32, 1)
+    up_kernel(const __grid_constant__ DeltaGemmCudaArgs args) {
+  auto& shared = *static_cast<UpShared*>(dynamic_shared());
+  let_next_kernel_start();
+  Up(args, shared).run();
+}
+
+}  // namespace
+
+cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = current_device(device);
+  if (status != cudaSuccess) return status;
+  const int bytes = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
+  const int warps = warps_for(bytes, kUpRingWords, kMaxUpWarps);
+  const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
+                     sizeof(UpShared) + static_cast<size_t>(warps * kUpRingWords * 4)};
+  return launch_overlapped(up_kernel, grid, device, stream, args);
+}
+
+}  // namespace adamix

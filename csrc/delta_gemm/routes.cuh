@@ -1,0 +1,183 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "delta_gemm/delta_gemm_cuda.h"
+#include "layout/packed_layout.h"
+
+// Who works on what, found by every thread block for itself from the slots: with so few tokens that
+// costs less than a kernel of its own. Tokens of one slot go two by two into groups; an entry is a
+// (layer, group); the blocks of the grid share the entries' cost, which is counted in words.
+namespace adamix {
+
+constexpr int kFewTokens = 128;  // of one launch
+constexpr int kGroupTokens = 2;  // what one pass over a delta serves
+
+// Components per width, widest first, as in a row of the table.
+struct Counts {
+  int at[kMaxBits];
+};
+
+struct Entry {
+  int64_t v_offset, u_offset, scale_offset;
+  Counts counts;
+  int rank;  // 0: the slot is empty
+};
+
+constexpr int kKeptEntries = 16;
+
+struct SharedRoutes {
+  int slots[kFewTokens];
+  int leads[kFewTokens];   // whether a token is the first of a group
+  short next[kFewTokens];  // the next token of its slot; -1: none
+  int group_slot[kFewTokens];
+  short group_token[kFewTokens][kGroupTokens];  // -1: none
+  int groups;
+  Entry entries[kKeptEntries];           // the first ones: a way to memory less where there are few
+  int64_t end[kMaxLayers * kFewTokens];  // of the entries up to and including this one
+  int64_t share[2];                      // of this thread block: begin, end
+  bool by_tile;                          // whether these are tiles, or costs
+};
+
+__device__ inline Entry load_entry(const int64_t* table, int slot, int64_t max_rank) {
+  const int64_t* row = table + int64_t{slot} * kTableColumns;
+  Entry entry;
+  entry.v_offset = row[kTableVOffset];
+  entry.u_offset = row[kTableUOffset];
+  entry.scale_offset = row[kTableScaleOffset];
+  int64_t rank = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxBits; ++i) {
+    entry.counts.at[i] = static_cast<int>(row[kTableFirstCount + i]);
+    rank += entry.counts.at[i];
+  }
+  entry.rank = rank <= max_rank ? static_cast<int>(rank) : 0;
+  return entry;
+}
+
+__device__ inline void load_slots(const DeltaGemmCudaArgs& args, SharedRoutes& routes) {
+  const int tokens = static_cast<int>(args.tokens);
+  const auto checked = [&](int slot) { return slot >= 0 && slot < args.capacity ? slot : -1; };
+  if (args.routes.slots != nullptr) {
+    for (int t = threadIdx.x; t < kFewTokens; t += blockDim.x) {
+      routes.slots[t] = t < tokens ? checked(args.routes.slots[t]) : -1;
+    }
+    return;
+  }
+  for (int t = threadIdx.x; t < kFewTokens; t += blockDim.x) routes.slots[t] = -1;
+  __syncthreads();
+  // A warp a segment: its lanes read the indices side by side.
+  for (int64_t s = threadIdx.x / 32; s < args.routes.segments; s += blockDim.x / 32) {
+    const int slot = checked(args.routes.segment_slots[s]);
+    const int64_t first = args.routes.token_starts[s];
+    const int64_t count = slot >= 0 && first >= 0 ? args.routes.token_counts[s] : 0;
+    const int64_t end = min(first + count, args.routes.indices);
+    for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) {
+      const int64_t token = args.routes.token_indices[i] - args.routes.first_token;
+      if (token >= 0 && token < tokens) routes.slots[token] = slot;
+    }
+  }
+}
+
+// Ends with a barrier.
+__device__ inline void make_groups(const DeltaGemmCudaArgs& args, SharedRoutes& routes) {
+  load_slots(args, routes);
+  __syncthreads();
+  const int tokens = static_cast<int>(args.tokens);
+  for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
+    const int slot = routes.slots[token];
+    int before = 0, next = -1;  // of the same slot: tokens before this one; the one behind it
+    for (int other = 0; other < tokens; ++other) {
+      const bool same = slot >= 0 && routes.slots[other] == slot;
+      before += same && other < token;
+      if (same && other > token && next < 0) next = other;
+    }
+    routes.leads[token] = slot >= 0 && before % kGroupTokens == 0;
+    routes.next[token] = static_cast<short>(next);
+  }
+  __syncthreads();
+  for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
+    int group = 0;
+    for (int other = 0; other < token; ++other) group += routes.leads[other];
+    if (routes.leads[token]) {
+      routes.group_slot[group] = routes.slots[token];
+      routes.group_token[group][0] = static_cast<short>(token);
+      routes.group_token[group][1] = routes.next[token];
+    }
+    if (token == tokens - 1) routes.groups = group + routes.leads[token];
+  }
+  __syncthreads();
+}
+
+// What an entry is to be shared out by: its tiles, or what they cost in words.
+struct Work {
+  int64_t cost;
+  int tiles;
+};
+
+// work(layer, entry) of every entry, summed up in order, and this thread block's share of it: equal
+// costs, or where there are no more tiles than blocks a tile for each of the first, which are the
+// first to run and, where another kernel waits for room, the last to leave. Ends with a barrier.
+template <typename WorkOf>
+__device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, WorkOf work_of) {
+  constexpr int kTileShift = 40;  // sums of costs stay below, sums of tiles above
+  const int entries = args.layer_count * routes.groups;
+  for (int e = threadIdx.x; e < entries; e += blockDim.x) {
+    const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
+    const Entry entry = load_entry(args.layers[layer].table, slot, args.max_rank);
+    if (e < kKeptEntries) routes.entries[e] = entry;
+    const Work work = entry.rank > 0 ? work_of(layer, entry) : Work{0, 0};
+    routes.end[e] = int64_t{work.tiles} << kTileShift | work.cost;
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int lane = threadIdx.x;
+    int64_t total = 0;
+    for (int first = 0; first < entries; first += 32) {
+      int64_t sum = first + lane < entries ? routes.end[first + lane] : 0;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
+        if (lane >= distance) sum += other;
+      }
+      if (first + lane < entries) routes.end[first + lane] = total + sum;
+      total += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    const int64_t tiles = total >> kTileShift, cost = total & ((int64_t{1} << kTileShift) - 1);
+    const bool by_tile = tiles <= gridDim.x;
+    for (int e = lane; e < entries; e += 32) {
+      routes.end[e] =
+          by_tile ? routes.end[e] >> kTileShift : routes.end[e] & ((int64_t{1} << kTileShift) - 1);
+    }
+    if (lane < 2) {
+      const int64_t block = blockIdx.x + lane;
+      routes.share[lane] = by_tile ? min(block, tiles) : cost * block / gridDim.x;
+    }
+    routes.by_tile = by_tile;
+  }
+  __syncthreads();
+}
+
+__device__ inline Entry entry_at(const DeltaGemmCudaArgs& args, const SharedRoutes& routes, int e) {
+  if (e < kKeptEntries) return routes.entries[e];
+  const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
+  return load_entry(args.layers[layer].table, slot, args.max_rank);
+}
+
+// body(e, begin, end) for the entries of this thread block's share, and what of the entry is its:
+// in tiles or in cost, as share_out has chosen.
+template <typename Body>
+__device__ void for_share(const DeltaGemmCudaArgs& args, const SharedRoutes& routes, Body body) {
+  const int entries = args.layer_count * routes.groups;
+  const int64_t first = routes.share[0], last = routes.share[1];
+  int64_t begin = 0;
+  for (int e = 0; e < entries && begin < last; ++e) {
+    const int64_t end = routes.end[e];
+    if (end > first && end > begin) {
+      body(e, static_cast<int>(max(first - begin, int64_t{0})),
+           static_cast<int>(min(last, end) - begin));
+    }
+    begin = end;
+  }
+}
+
+}  // namespace adamix

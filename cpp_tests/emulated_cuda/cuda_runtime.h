@@ -100,6 +100,10 @@ inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
 
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   unsigned result = 0;
@@ -165,8 +169,10 @@ T __shfl_xor_sync(unsigned mask, T value, int with) {
   return emulated_shuffle("__shfl_xor_sync", mask, value, [=](int lane) { return lane ^ with; });
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int distance) {
-  return emulated_shuffle("__shfl_up_sync", mask, value, [=](int lane) { return lane - distance; });
+T __shfl_up_sync(unsigned mask, T value, int distance, int width = 32) {
+  return emulated_shuffle("__shfl_up_sync", mask, value, [=](int lane) {
+    return lane % width < distance ? lane : lane - distance;
+  });
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, int distance) {

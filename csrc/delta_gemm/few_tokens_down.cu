@@ -25,6 +25,7 @@ __host__ __device__ constexpr int x_plane_bytes(int panels) {
 struct alignas(16) DownShared {
   SharedRoutes routes;
   int32_t sums[kDownTiles][kColumns][kDownLanes];
+  DownShape::Run tiles[kDownTiles];  // of the batch
   int64_t reduce[2 * 32];
 };
 
@@ -36,7 +37,7 @@ struct DownWalk {
 
   __device__ bool done() const { return left == 0; }
 
-  __device__ void next(const Counts& counts, const Factor& factor) {
+  __device__ void next(const RunTable<DownShape::Run>& table, const Factor& factor) {
     if (--left == 0) return;
     const int bits = stage.run.bits, blocks = DownShape::blocks_of(bits);
     stage.source += blocks * bits;
@@ -50,7 +51,7 @@ struct DownWalk {
     }
     if (stage.panel == last_panel) {
       stage.panel = first_panel;
-      stage.run.next(counts);
+      stage.run = table.behind(stage.run);
     }
     stage.place(factor);
   }
@@ -70,8 +71,8 @@ class Down {
     make_groups(args_, shared_.routes);
     const int panels = panels_;
     share_out(args_, shared_.routes, [panels](int, const Entry& entry) {
-      const Items tiles = runs_of_entry<DownShape::Run>(entry.counts);
-      return Work{int64_t{panels} * tiles.total_cost(), tiles.total()};
+      return Work{int64_t{panels} * words_of_runs<DownShape::Run>(entry.counts),
+                  runs_of_entry<DownShape::Run>(entry.counts)};
     });
     for_share(args_, shared_.routes,
               [this](int e, int begin, int end) { run_entry(e, begin, end); });
@@ -82,8 +83,9 @@ class Down {
   __device__ void run_entry(int e, int begin, int end) {
     const int group = e % shared_.routes.groups;
     layer_ = e / shared_.routes.groups;
-    entry_ = entry_at(args_, shared_.routes, e);
-    factor_ = make_factor(args_.arena + entry_.v_offset, entry_.counts, args_.in);
+    entry_ = &entry_at(args_, shared_.routes, e);
+    table_.load(entry_->counts);
+    factor_ = make_factor(args_.arena + entry_->v_offset, entry_->counts, args_.in);
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) tokens_.id[i] = shared_.routes.group_token[group][i];
     // Chunks of panels, all about as large; a group of one token has half the digits.
@@ -91,11 +93,9 @@ class Down {
     const int room = (plan_.x_bytes / planes - 16) / kPanelCodes;
     const int chunks = (panels_ + room - 1) / room;
     chunk_panels_ = (panels_ + chunks - 1) / chunks;
-    Items tiles = runs_of_entry<DownShape::Run>(entry_.counts);
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      tiles.cost[i] = shared_.routes.by_tile ? 1 : tiles.cost[i] * panels_;
-    }
+    const int tile_words = kDownLanes * lane_width() * panels_;
+    const Items tiles(table_.runs_between(0, table_.runs()),
+                      shared_.routes.by_tile ? 1 : tile_words);
     const int first = tiles.before(begin), last = tiles.before(end);
     for (int tile = first; tile < last; tile += kDownTiles) {
       run_batch(tile, min(last, tile + kDownTiles));
@@ -105,7 +105,11 @@ class Down {
   __device__ void run_batch(int first_tile, int last_tile) {
     __syncthreads();  // the sums of the batch before are read
     zero_words(shared_.sums, (last_tile - first_tile) * kColumns * kDownLanes);
-    prefetch_scales(first_tile, last_tile);
+    if (threadIdx.x < kDownTiles && first_tile + static_cast<int>(threadIdx.x) < last_tile) {
+      DownShape::Run& tile = shared_.tiles[threadIdx.x];
+      tile.seek(entry_->counts, first_tile + threadIdx.x);
+      prefetch(args_.arena + entry_->scale_offset + tile.component);
+    }
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
       run_chunk(first_tile, last_tile, panel, min(panels_, panel + chunk_panels_));
     }
@@ -114,48 +118,25 @@ class Down {
     store_z(first_tile, last_tile, sum_x);
   }
 
-  __device__ void prefetch_scales(int first_tile, int last_tile) const {
-    const int tile = first_tile + threadIdx.x;
-    if (tile >= last_tile) return;
-    DownShape::Run run;
-    run.seek(entry_.counts, tile);
-    prefetch(args_.arena + entry_.scale_offset + run.component);
-  }
-
   // Warps have shares of equal cost: they differ in tiles, panels and halves of panels.
   __device__ DownWalk walk_of_warp(int first_tile, int last_tile, int first_panel,
                                    int last_panel) const {
-    const int width = last_panel - first_panel;
-    const Items tiles =
-        part_of(runs_of_entry<DownShape::Run>(entry_.counts), first_tile, last_tile);
-    Items stages = tiles;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const int parts = kPanelBlocks / DownShape::blocks_of(kMaxBits - i);
-      stages.count[i] *= width * parts;
-      stages.cost[i] /= parts;
-    }
+    const int width = last_panel - first_panel, bits = lane_width();
+    const int parts = kPanelBlocks / DownShape::blocks_of(bits);
+    const Items stages(table_.runs_between(first_tile, last_tile) * width * parts,
+                       DownShape::blocks_of(bits) * bits);
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, cost = stages.total_cost();
-    int first = stages.before(cost * warp / warps);
+    const int first = stages.before(cost * warp / warps);
     const int last = stages.before(cost * (warp + 1) / warps);
     DownWalk walk = {{}, first_panel, last_panel, last - first};
     if (walk.left == 0) return walk;
-    int tile = first_tile, blocks = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      if (blocks > 0) continue;
-      if (first < stages.count[i]) {
-        blocks = DownShape::blocks_of(kMaxBits - i);
-      } else {
-        first -= stages.count[i];
-        tile += tiles.count[i];
-      }
-    }
-    const int parts = kPanelBlocks / blocks, panel = first / parts;
-    walk.stage.first_block = first % parts * blocks;
-    walk.stage.panel = first_panel + panel % width;
-    tile += panel / width;
-    walk.stage.run.seek(entry_.counts, tile);
+    // Item `first`: a part of a panel of a tile of its width.
+    const int lane = stages.lane_of(first), item = first - stages.first_of(lane);
+    const int blocks = DownShape::blocks_of(kMaxBits - lane);
+    const int panel = item * blocks / kPanelBlocks, tile = panel / width;
+    walk.stage.first_block = item * blocks % kPanelBlocks;
+    walk.stage.panel = first_panel + panel - tile * width;
+    walk.stage.run = table_.at(max(first_tile, table_.first_run(lane)) + tile);
     walk.stage.place(factor_);
     return walk;
   }
@@ -163,7 +144,7 @@ class Down {
   __device__ void run_chunk(int first_tile, int last_tile, int first_panel, int last_panel) {
     DownWalk use = walk_of_warp(first_tile, last_tile, first_panel, last_panel);
     // Under way while x is prepared.
-    StageStream<DownShape, DownWalk> stream(use, ring_, entry_.counts, factor_);
+    StageStream<DownShape, DownWalk> stream(use, ring_, table_, factor_);
     load_x(first_panel, last_panel);
     __syncthreads();
 
@@ -171,13 +152,13 @@ class Down {
                       first_panel * kPanelCodes;
     int32_t sums[kFieldPairs][4] = {};
     while (!use.done()) {
-      const uint32_t* stage = stream.next(entry_.counts, factor_);
+      const uint32_t* stage = stream.next(table_, factor_);
       const int8_t* digits =
           x + use.stage.panel * kPanelCodes + use.stage.first_block * kBlockCodes;
       for_width(use.stage.run.bits,
                 [&](auto bits) { multiply_down<decltype(bits)::value>(stage, digits, sums); });
       const int tile = use.stage.run.index, bits = use.stage.run.bits;
-      use.next(entry_.counts, factor_);
+      use.next(table_, factor_);
       if (use.done() || use.stage.run.index != tile) {
         flush(sums, bits, shared_.sums[tile - first_tile][0]);
       }
@@ -263,12 +244,11 @@ class Down {
 
   __device__ void store_z(int first_tile, int last_tile, const int64_t (&sum_x)[kGroupTokens]) {
     auto* z = static_cast<float*>(args_.scratch);
-    const auto* scales = reinterpret_cast<const float*>(args_.arena + entry_.scale_offset);
+    const auto* scales = reinterpret_cast<const float*>(args_.arena + entry_->scale_offset);
     const int values = (last_tile - first_tile) * kDownLanes;
     for (int i = threadIdx.x; i < values; i += blockDim.x) {
       const int tile = i / kDownLanes, row = i % kDownLanes;
-      DownShape::Run run;
-      run.seek(entry_.counts, first_tile + tile);
+      const DownShape::Run& run = shared_.tiles[tile];
       if (row >= run.lanes()) continue;
       const float scale = scales[run.component + row];
 #pragma unroll
@@ -290,7 +270,8 @@ class Down {
   uint32_t* ring_;    // of the warp
   int chunk_panels_ = 0;
   int layer_ = 0;
-  Entry entry_;
+  const Entry* entry_ = nullptr;
+  RunTable<DownShape::Run> table_;
   Factor factor_;
   Tokens tokens_;
   Tokens loaded_;                     // whose digits are in shared memory
@@ -320,7 +301,7 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   const int beside = bytes - kMaxDownWarps * kDownRingWords * 4;
   const int most = std::max(beside, std::min(one, bytes / 2));
   const DownPlan plan = {std::max(std::min(2 * one, most) / 16 * 16, kColumns * x_plane_bytes(1))};
-  const int warps = warps_for(bytes - plan.x_bytes, kDownRingWords, kMaxDownWarps);
+  const int warps = warps_for(args, bytes - plan.x_bytes, kDownRingWords, kMaxDownWarps);
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
       sizeof(DownShared) + static_cast<size_t>(plan.x_bytes + warps * kDownRingWords * 4)};

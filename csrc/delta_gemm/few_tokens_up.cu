@@ -36,17 +36,19 @@ struct UpWalk {
 
   __device__ bool done() const { return left == 0; }
 
-  __device__ void next(const Counts& counts, const Factor& factor) {
+  __device__ void next(const RunTable<UpShape::Run>& table, const Factor& factor) {
     if (--left == 0) return;
     UpShape::Run& run = stage.run;
+    const bool same_width = !run.last_of_width();
     if (run.index + 1 == last_run) {
       ++stage.panel;
-      run.seek(counts, first_run);
-    } else if (!run.last_of_width()) {
-      stage.source += UpShape::Run::lanes_of(run.bits) * run.bits * factor.blocks(stage.panel);
-      return run.next(counts);
+      run = table.at(first_run);
     } else {
-      run.next(counts);
+      if (same_width) {
+        stage.source += UpShape::Run::lanes_of(run.bits) * run.bits * factor.blocks(stage.panel);
+      }
+      run = table.behind(run);
+      if (same_width) return;
     }
     stage.place(factor);
   }
@@ -63,7 +65,7 @@ class Up {
     const DeltaLayer* layers = args_.layers;
     share_out(args_, shared_.routes, [layers](int layer, const Entry& entry) {
       const int panels = static_cast<int>(panel_count(layers[layer].out));
-      return Work{int64_t{panels} * runs_of_entry<UpShape::Run>(entry.counts).total_cost(), panels};
+      return Work{int64_t{panels} * words_of_runs<UpShape::Run>(entry.counts), panels};
     });
     for_share(args_, shared_.routes,
               [this](int e, int begin, int end) { run_entry(e, begin, end); });
@@ -75,14 +77,14 @@ class Up {
   __device__ void run_entry(int e, int begin, int end) {
     const int group = e % shared_.routes.groups;
     layer_ = e / shared_.routes.groups;
-    entry_ = entry_at(args_, shared_.routes, e);
+    entry_ = &entry_at(args_, shared_.routes, e);
+    table_.load(entry_->counts);
     out_ = args_.layers[layer_].out;
-    factor_ = make_factor(args_.arena + entry_.u_offset, entry_.counts, out_);
+    factor_ = make_factor(args_.arena + entry_->u_offset, entry_->counts, out_);
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) tokens_.id[i] = shared_.routes.group_token[group][i];
     have_z_ = false;
-    const int words = runs_of_entry<UpShape::Run>(entry_.counts).total_cost();
-    const int cost = shared_.routes.by_tile ? 1 : words;
+    const int cost = shared_.routes.by_tile ? 1 : words_of_runs<UpShape::Run>(entry_->counts);
     const int first = (begin + cost - 1) / cost, last = (end + cost - 1) / cost;
     for (int panel = first; panel < last; panel += kUpPanels) {
       run_batch(panel, min(last, panel + kUpPanels));
@@ -92,9 +94,9 @@ class Up {
   __device__ void run_batch(int first_panel, int last_panel) {
     __syncthreads();  // the sums of the batch before are read
     zero_words(shared_.sums, (last_panel - first_panel) * kColumns * kUpColumnStride);
-    const int runs = runs_of_entry<UpShape::Run>(entry_.counts).total();
+    const int runs = table_.runs();
     for (int first = 0, last; first < runs; first = last) {
-      last = last_run_beside(first, runs);
+      last = table_.runs_until(table_.at(first).position + kUpPositions);
       run_chunk(first_panel, last_panel, first, last, last - first == runs);
     }
     int64_t offset[kGroupTokens] = {level_offset_[0], level_offset_[1]};
@@ -102,22 +104,10 @@ class Up {
     add_to_y(first_panel, last_panel, offset);
   }
 
-  // The end of the runs that have room in shared memory together with run `first`.
-  __device__ int last_run_beside(int first, int runs) const {
-    UpShape::Run begin, end;
-    begin.seek(entry_.counts, first);
-    int last = min(runs, first + kUpPositions / 16);
-    for (;; --last) {
-      end.seek(entry_.counts, last - 1);
-      if (end.position + UpShape::Run::lanes_of(end.bits) - begin.position <= kUpPositions) {
-        return last;
-      }
-    }
-  }
-
   __device__ UpWalk walk_of_warp(int first_panel, int last_panel, int first_run,
                                  int last_run) const {
-    const Items runs = part_of(runs_of_entry<UpShape::Run>(entry_.counts), first_run, last_run);
+    const int bits = lane_width();
+    const Items runs(table_.runs_between(first_run, last_run), UpShape::Run::lanes_of(bits) * bits);
     const int width = last_run - first_run, cost = runs.total_cost();
     const auto stage_at = [&](int words) {
       const int panel = words / cost;
@@ -130,7 +120,7 @@ class Up {
     if (walk.left == 0) return walk;
     walk.stage.panel = first_panel + first / width;
     walk.stage.first_block = 0;
-    walk.stage.run.seek(entry_.counts, first_run + first % width);
+    walk.stage.run = table_.at(first_run + first % width);
     walk.stage.place(factor_);
     return walk;
   }
@@ -139,7 +129,7 @@ class Up {
                             bool all_runs) {
     UpWalk use = walk_of_warp(first_panel, last_panel, first_run, last_run);
     // Under way while z is prepared, and at first while `down` still runs.
-    StageStream<UpShape, UpWalk> stream(use, ring_, entry_.counts, factor_);
+    StageStream<UpShape, UpWalk> stream(use, ring_, table_, factor_);
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
     const int first_position = load_z(first_run, last_run, all_runs);
@@ -149,7 +139,7 @@ class Up {
     const int8_t* z = shared_.z[plane_of_thread(tokens_)] + threadIdx.x % 4 * 4 - first_position;
     int32_t sum[kBlockFields][2][4] = {};
     while (!use.done()) {
-      const uint32_t* stage = stream.next(entry_.counts, factor_);
+      const uint32_t* stage = stream.next(table_, factor_);
       const int8_t* digits = z + use.stage.run.position;
       const uint32_t z0 = *reinterpret_cast<const uint32_t*>(digits);
       const uint32_t z1 = *reinterpret_cast<const uint32_t*>(digits + 16);
@@ -157,7 +147,7 @@ class Up {
       for_width(use.stage.run.bits,
                 [&](auto bits) { multiply_up<decltype(bits)::value>(stage, z0, z1, sum); });
       const int panel = use.stage.panel;
-      use.next(entry_.counts, factor_);
+      use.next(table_, factor_);
       if (use.done() || use.stage.panel != panel) flush(sum, shared_.sums[panel - first_panel][0]);
     }
     __syncthreads();
@@ -180,11 +170,9 @@ class Up {
   // The digits of the group's z, runs [first, last), lane t + 4i of each 16 at byte 4t + i; zeros
   // where a run is short. Returns the position of the first byte.
   __device__ int load_z(int first_run, int last_run, bool all_runs) {
-    UpShape::Run begin, end;
-    begin.seek(entry_.counts, first_run);
+    const UpShape::Run begin = table_.at(first_run);
     if (all_runs && have_z_) return begin.position;
-    end.seek(entry_.counts, last_run - 1);
-    const int bytes = end.position + UpShape::Run::lanes_of(end.bits) - begin.position;
+    const int bytes = table_.at(last_run - 1).end_position() - begin.position;
     const auto* z = static_cast<const float*>(args_.scratch);
     if (!have_z_) find_units(z);
     have_z_ = true;
@@ -214,7 +202,7 @@ class Up {
     int component = -1, before = 0;
 #pragma unroll
     for (int i = 0; i < kMaxBits; ++i) {
-      const int lanes = UpShape::Run::lanes_of(kMaxBits - i), count = entry_.counts.at[i];
+      const int lanes = UpShape::Run::lanes_of(kMaxBits - i), count = entry_->counts.at[i];
       const int padded = (count + lanes - 1) / lanes * lanes;
       if (position >= 0 && position < padded) {
         bits = kMaxBits - i;
@@ -232,7 +220,7 @@ class Up {
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.id[i] < 0) continue;
       const float* row = z + (layer_ * args_.tokens + tokens_.id[i]) * args_.max_rank;
-      for (int c = threadIdx.x; c < entry_.rank; c += blockDim.x) {
+      for (int c = threadIdx.x; c < entry_->rank; c += blockDim.x) {
         largest[i] = max(largest[i], magnitude_bits(row[c]));
       }
     }
@@ -282,7 +270,8 @@ class Up {
   uint32_t* ring_;  // of the warp
   int layer_ = 0;
   int64_t out_ = 0;
-  Entry entry_;
+  const Entry* entry_ = nullptr;
+  RunTable<UpShape::Run> table_;
   Factor factor_;
   Tokens tokens_;
   Unit unit_[kGroupTokens];             // of z
@@ -305,7 +294,7 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
   const int bytes = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
-  const int warps = warps_for(bytes, kUpRingWords, kMaxUpWarps);
+  const int warps = warps_for(args, bytes, kUpRingWords, kMaxUpWarps);
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
                      sizeof(UpShared) + static_cast<size_t>(warps * kUpRingWords * 4)};
   return launch_overlapped(up_kernel, grid, device, stream, args);

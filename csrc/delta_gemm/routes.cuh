@@ -33,7 +33,8 @@ struct SharedRoutes {
   int group_slot[kFewTokens];
   short group_token[kFewTokens][kGroupTokens];  // -1: none
   int groups;
-  Entry entries[kKeptEntries];           // the first ones: a way to memory less where there are few
+  // The first ones, a way to memory less where there are few; behind them the one in hand.
+  Entry entries[kKeptEntries + 1];
   int64_t end[kMaxLayers * kFewTokens];  // of the entries up to and including this one
   int64_t share[2];                      // of this thread block: begin, end
   bool by_tile;                          // whether these are tiles, or costs
@@ -157,10 +158,17 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, W
   __syncthreads();
 }
 
-__device__ inline Entry entry_at(const DeltaGemmCudaArgs& args, const SharedRoutes& routes, int e) {
+// In shared memory; all threads ask together, and are done with the one before.
+__device__ inline const Entry& entry_at(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
+                                        int e) {
   if (e < kKeptEntries) return routes.entries[e];
-  const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
-  return load_entry(args.layers[layer].table, slot, args.max_rank);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
+    routes.entries[kKeptEntries] = load_entry(args.layers[layer].table, slot, args.max_rank);
+  }
+  __syncthreads();
+  return routes.entries[kKeptEntries];
 }
 
 // body(e, begin, end) for the entries of this thread block's share, and what of the entry is its:

@@ -76,81 +76,140 @@ struct LaneRun {
 
   __device__ bool last_of_width() const { return first + lanes_of(bits) >= count; }
 
-  __device__ void next(const Counts& counts) {
-    if (last_of_width()) return seek(counts, index + 1);
-    const int lanes = lanes_of(bits);
-    ++index;
-    first += lanes;
-    component += lanes;
-    position += lanes;
-    before += lanes * bits;
-  }
-
   __device__ int lanes() const { return min(lanes_of(bits), count - first); }
+  __device__ int end_position() const { return position + lanes_of(bits); }
 };
 
-// Items of each width, and what one costs, widest first.
-struct Items {
-  int count[kMaxBits];
-  int cost[kMaxBits];
+// --- a warp's knowledge of all widths: lane i % 8 holds width 8 - i; all lanes ask together
+// -------
 
-  __device__ int total() const {
-    int items = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) items += count[i];
-    return items;
-  }
+constexpr unsigned kWarp = 0xffffffffu;
 
-  __device__ int total_cost() const {
-    int total = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) total += count[i] * cost[i];
-    return total;
-  }
-
-  // How many begin before a cost.
-  __device__ int before(int total) const {
-    int items = 0, each = 1;
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const int here = count[i] * cost[i];
-      if (found) continue;
-      found = total <= here;
-      if (found) {
-        each = cost[i];
-      } else {
-        items += count[i];
-        total -= here;
-      }
-    }
-    return found ? items + (total + each - 1) / each : items;
-  }
-};
-
-// The runs of an entry, and their words for one block of codes.
-template <typename Run>
-__device__ Items runs_of_entry(const Counts& counts) {
-  Items items;
-#pragma unroll
-  for (int i = 0; i < kMaxBits; ++i) {
-    items.count[i] = Run::runs_of(counts, i);
-    items.cost[i] = Run::lanes_of(kMaxBits - i) * (kMaxBits - i);
-  }
-  return items;
+__device__ __forceinline__ int lane_width() {
+  return kMaxBits - threadIdx.x % kMaxBits;
 }
 
-// Of those, the runs [first, last).
-__device__ inline Items part_of(const Items& items, int first, int last) {
-  Items part = items;
-  int begin = 0;
+// Over the widths before this lane's, and over all.
+__device__ __forceinline__ int sum_before(int value) {
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < kMaxBits; distance *= 2) {
+    const int other = __shfl_up_sync(kWarp, sum, distance, kMaxBits);
+    if (static_cast<int>(threadIdx.x % kMaxBits) >= distance) sum += other;
+  }
+  return sum - value;
+}
+
+__device__ __forceinline__ int sum_of_widths(int value) {
+#pragma unroll
+  for (int distance = 1; distance < kMaxBits; distance *= 2) {
+    value += __shfl_xor_sync(kWarp, value, distance);
+  }
+  return value;
+}
+
+// The runs of an entry.
+template <typename Run>
+class RunTable {
+ public:
+  __device__ void load(const Counts& counts) {
+    const int bits = lane_width(), lanes = Run::lanes_of(bits);
+    count_ = counts.at[kMaxBits - bits];
+    runs_ = (count_ + lanes - 1) / lanes;
+    first_run_ = sum_before(runs_);
+    first_component_ = sum_before(count_);
+    first_word_ = sum_before(count_ * bits);
+    first_position_ = sum_before(runs_ * lanes);
+  }
+
+  __device__ int runs() const { return sum_of_widths(runs_); }
+
+  // Of this lane's width, those among runs [first, last).
+  __device__ int runs_between(int first, int last) const {
+    return max(0, min(first_run_ + runs_, last) - max(first_run_, first));
+  }
+
+  __device__ int first_run(int lane) const { return __shfl_sync(kWarp, first_run_, lane); }
+
+  __device__ Run at(int run) const {
+    const unsigned there = __ballot_sync(kWarp, run < first_run_ + runs_) & ((1u << kMaxBits) - 1u);
+    const int i = there != 0 ? __ffs(there) - 1 : 0;
+    const auto of_width = [&](int value) { return __shfl_sync(kWarp, value, i); };
+    Run found;
+    found.index = run;
+    found.bits = there != 0 ? kMaxBits - i : 0;
+    found.first = (run - of_width(first_run_)) * Run::lanes_of(found.bits);
+    found.count = of_width(count_);
+    found.component = of_width(first_component_) + found.first;
+    found.position = of_width(first_position_) + found.first;
+    found.before = of_width(first_word_) + found.first * found.bits;
+    return found;
+  }
+
+  __device__ Run behind(const Run& run) const {
+    if (run.last_of_width()) return at(run.index + 1);
+    const int lanes = Run::lanes_of(run.bits);
+    Run next = run;
+    ++next.index;
+    next.first += lanes;
+    next.component += lanes;
+    next.position += lanes;
+    next.before += lanes * run.bits;
+    return next;
+  }
+
+  // How many runs end at or before a position.
+  __device__ int runs_until(int position) const {
+    const int here = max(0, position - first_position_) / Run::lanes_of(lane_width());
+    return sum_of_widths(min(runs_, here));
+  }
+
+ private:
+  int count_, runs_;
+  int first_run_, first_component_, first_word_, first_position_;
+};
+
+// Items of each width in the order of the widths, and what one costs.
+class Items {
+ public:
+  __device__ Items(int count, int cost)
+      : count_(count), cost_(cost), first_(sum_before(count)), begin_(sum_before(count * cost)) {}
+
+  __device__ int total_cost() const { return sum_of_widths(count_ * cost_); }
+
+  // How many begin before a cost.
+  __device__ int before(int cost) const {
+    return sum_of_widths(min(count_, (max(0, cost - begin_) + cost_ - 1) / cost_));
+  }
+
+  // The lane of an item's width, and the first item of it.
+  __device__ int lane_of(int item) const {
+    return __ffs(__ballot_sync(kWarp, item < first_ + count_)) - 1;
+  }
+  __device__ int first_of(int lane) const { return __shfl_sync(kWarp, first_, lane); }
+
+ private:
+  int count_, cost_;
+  int first_, begin_;
+};
+
+// What one thread alone needs of an entry: its runs, and their words for one block of codes.
+template <typename Run>
+__device__ int runs_of_entry(const Counts& counts) {
+  int runs = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxBits; ++i) runs += Run::runs_of(counts, i);
+  return runs;
+}
+
+template <typename Run>
+__device__ int words_of_runs(const Counts& counts) {
+  int words = 0;
 #pragma unroll
   for (int i = 0; i < kMaxBits; ++i) {
-    const int end = begin + items.count[i];
-    part.count[i] = max(0, min(end, last) - max(begin, first));
-    begin = end;
+    words += Run::runs_of(counts, i) * Run::lanes_of(kMaxBits - i) * (kMaxBits - i);
   }
-  return part;
+  return words;
 }
 
 // One factor of one delta.
@@ -227,28 +286,29 @@ __device__ __forceinline__ void copy_stage(const Factor& factor, const StageSour
 template <typename Shape, typename Walk>
 class StageStream {
  public:
-  __device__ StageStream(const Walk& walk, uint32_t* ring, const Counts& counts,
-                         const Factor& factor)
+  using Table = RunTable<typename Shape::Run>;
+
+  __device__ StageStream(const Walk& walk, uint32_t* ring, const Table& table, const Factor& factor)
       : ahead_(walk), ring_(ring) {
 #pragma unroll 1
-    for (int i = 0; i < Shape::kDepth - 1; ++i) fill(i, counts, factor);
+    for (int i = 0; i < Shape::kDepth - 1; ++i) fill(i, table, factor);
   }
 
   // The next stage, which stays until the call after.
-  __device__ const uint32_t* next(const Counts& counts, const Factor& factor) {
+  __device__ const uint32_t* next(const Table& table, const Factor& factor) {
     wait_copies<Shape::kDepth - 2>();
     __syncwarp();  // all have what they copied, and are done with the stage before
     const uint32_t* stage = ring_ + slot_ * Shape::kStageWords;
-    fill(slot_ == 0 ? Shape::kDepth - 1 : slot_ - 1, counts, factor);
+    fill(slot_ == 0 ? Shape::kDepth - 1 : slot_ - 1, table, factor);
     slot_ = slot_ + 1 == Shape::kDepth ? 0 : slot_ + 1;
     return stage;
   }
 
  private:
-  __device__ void fill(int slot, const Counts& counts, const Factor& factor) {
+  __device__ void fill(int slot, const Table& table, const Factor& factor) {
     if (!ahead_.done()) {
       copy_stage(factor, ahead_.stage, ring_ + slot * Shape::kStageWords);
-      ahead_.next(counts, factor);
+      ahead_.next(table, factor);
     }
     commit_copies();
   }

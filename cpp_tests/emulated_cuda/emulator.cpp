@@ -220,6 +220,9 @@ void Block::finish() {
   for (const auto& group : thread.groups) {
     if (!group.empty()) fail("a thread ended with copies that it never waited for");
   }
+  if (!thread.open_products.empty() || !thread.product_groups.empty()) {
+    fail("a thread ended with products that it never waited for");
+  }
   if (warp.arrived > 0) fail("a lane ended while others of its warp are in %s", warp.what);
   thread.done = true;
   --alive_;
@@ -305,6 +308,24 @@ void Block::wait_copies(size_t pending) {
       }
       std::memcpy(copy.target, copy.source, copy.bytes);
     }
+    groups.erase(groups.begin());
+  }
+}
+
+void Block::product_later(std::function<void()> product) {
+  running_->open_products.push_back(std::move(product));
+}
+
+void Block::commit_products() {
+  running_->product_groups.push_back(std::move(running_->open_products));
+  running_->open_products.clear();
+}
+
+void Block::wait_products(size_t pending) {
+  auto& groups = running_->product_groups;
+  if (groups.size() > pending) yield();
+  while (groups.size() > pending) {
+    for (const auto& product : groups.front()) product();
     groups.erase(groups.begin());
   }
 }

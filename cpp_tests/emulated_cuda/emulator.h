@@ -96,9 +96,16 @@ class Block {
   void commit_copies();
   void wait_copies(size_t pending);
 
+  // Asynchronous products of this thread, likewise: done when they are waited for.
+  void product_later(std::function<void()> product);
+  void commit_products();
+  void wait_products(size_t pending);
+
   static char* dynamic_shared();
 
  private:
+  using Products = std::vector<std::function<void()>>;
+
   struct Copy {
     char* target;
     const void* source;
@@ -113,6 +120,8 @@ class Block {
     bool done = false;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
+    std::vector<Products> product_groups;
+    Products open_products;
   };
   struct Warp {
     const void* in[kWarpLanes];

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <array>
+#include <numeric>
 #include <type_traits>
 
 #include "cuda_bf16.h"
@@ -104,6 +106,55 @@ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   };
   return pair_of_numbers<T>(one(0), one(1));
 }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Number (row, k) of a tile whose rows' first 64 k lie in 128 bytes each, eight rows in a row, then
+// so many bytes to the next eight as the descriptor says; in a line of 1024 bytes the 16-byte
+// chunks of row r are exchanged by r.
+template <typename T>
+float number_of_tile(uint64_t descriptor, int row, int k) {
+  if (descriptor >> 62 != 1) emulator::fail("a tile that is not swizzled by 128 bytes");
+  const auto field = [&](int shift) {
+    return static_cast<uint32_t>(descriptor >> shift & 0x3fffu) << 4;
+  };
+  uint32_t address = field(0) + row / 8 * field(32) + row % 8 * 128 + k * 2;
+  address ^= (address >> 7 & 7u) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, emulator::shared_pointer(address, sizeof(bits)), sizeof(bits));
+  return number_of_pair<T>(bits, 0);
+}
+
+template <typename T>
+void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  emulator::Block::current().product_later([=, sums = &d[0]] {
+    const auto row_of = [](uint64_t descriptor, int row) {
+      std::array<double, 16> numbers;
+      for (int k = 0; k < 16; ++k) numbers[k] = number_of_tile<T>(descriptor, row, k);
+      return numbers;
+    };
+    const int first = 16 * warp + lane / 4;
+    const std::array<double, 16> rows[2] = {row_of(a, first), row_of(a, first + 8)};
+    for (int n = 0; n < 32; ++n) {
+      const auto column = row_of(b, n / 2 * 8 + lane % 4 * 2 + n % 2);
+      for (int i = 0; i < 2; ++i) {
+        const double sum = std::inner_product(column.begin(), column.end(), rows[i].begin(), 0.0);
+        sums[n / 2 * 4 + i * 2 + n % 2] += static_cast<float>(sum);
+      }
+    }
+  });
+}
+inline void wgmma_begin() {}
+inline void wgmma_commit() {
+  emulator::Block::current().commit_products();
+}
+template <int kPending>
+void wgmma_wait(float (&)[64]) {
+  emulator::Block::current().wait_products(kPending);
+}
+
+#endif
 
 inline void barrier_sync(int id, int threads) {
   emulator::Block::current().named_barrier(id, threads, true);

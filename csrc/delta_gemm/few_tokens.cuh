@@ -72,6 +72,20 @@ __device__ inline void add_sums(const int32_t (&sum)[4], int32_t* tile, int colu
   }
 }
 
+// The same, but stores them.
+__device__ inline void store_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride,
+                                  int row, int step, const Tokens& tokens) {
+  const int t = threadIdx.x % 4;
+  if (tokens.of(t / 2) < 0) return;
+  int32_t* first = tile + (t / 2 * kDigits + t % 2 * 2) * column_stride + row;
+  first[0] = sum[0];
+  first[step] = sum[2];
+  if (t % 2 == 0) {
+    first[column_stride] = sum[1];
+    first[column_stride + step] = sum[3];
+  }
+}
+
 __device__ inline int64_t read_sum(const int32_t* tile, int column_stride, int row, int token) {
   const int32_t* high = tile + token * kDigits * column_stride + row;
   return join_digits(high[0], high[column_stride], high[2 * column_stride]);

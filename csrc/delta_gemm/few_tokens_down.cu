@@ -26,7 +26,9 @@ struct alignas(16) DownShared {
   SharedRoutes routes;
   int32_t sums[kDownTiles][kColumns][kDownLanes];
   DownShape::Run tiles[kDownTiles];  // of the batch
-  int64_t reduce[2 * 32];
+  float scales[kDownTiles][kDownLanes];
+  int64_t sum_x[kGroupTokens][32];  // of each warp's numbers
+  uint32_t reduce[2 * 32];
 };
 
 // A warp's way through its part of (tiles of a batch) x (panels of a chunk), in stages.
@@ -105,17 +107,25 @@ class Down {
   __device__ void run_batch(int first_tile, int last_tile) {
     __syncthreads();  // the sums of the batch before are read
     zero_words(shared_.sums, (last_tile - first_tile) * kColumns * kDownLanes);
-    if (threadIdx.x < kDownTiles && first_tile + static_cast<int>(threadIdx.x) < last_tile) {
-      DownShape::Run& tile = shared_.tiles[threadIdx.x];
-      tile.seek(entry_->counts, first_tile + threadIdx.x);
-      prefetch(args_.arena + entry_->scale_offset + tile.component);
-    }
+    fetch_tiles(first_tile, last_tile);
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
       run_chunk(first_tile, last_tile, panel, min(panels_, panel + chunk_panels_));
     }
-    int64_t sum_x[kGroupTokens] = {sum_x_[0], sum_x_[1]};
-    reduce_block(sum_x, shared_.reduce, [](int64_t a, int64_t b) { return a + b; });
-    store_z(first_tile, last_tile, sum_x);
+    store_z(first_tile, last_tile);
+  }
+
+  // Where the batch's tiles are, and their scales, which arrive together with the first words.
+  __device__ void fetch_tiles(int first_tile, int last_tile) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (int tile = threadIdx.x / 32; first_tile + tile < last_tile; tile += warps) {
+      const DownShape::Run run = table_.at(first_tile + tile);
+      if (lane == 0) shared_.tiles[tile] = run;
+      if (lane < run.lanes()) {
+        copy_async_4(shared_address(&shared_.scales[tile][lane]),
+                     args_.arena + entry_->scale_offset + run.component + lane);
+      }
+    }
+    commit_copies();
   }
 
   // Warps have shares of equal cost: they differ in tiles, panels and halves of panels.
@@ -163,6 +173,7 @@ class Down {
         flush(sums, bits, shared_.sums[tile - first_tile][0]);
       }
     }
+    wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
   }
 
@@ -216,6 +227,8 @@ class Down {
         target[plane_bytes / 2] = __byte_perm(low, high, 0x5410);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) put_warp_sum(sum_x_[i], shared_.sum_x[i]);
   }
 
   __device__ bool vector_x() const {
@@ -236,21 +249,22 @@ class Down {
           largest[i] = max(largest[i], magnitude_bits(values[j]));
       }
     }
-    reduce_block(largest, reinterpret_cast<uint32_t*>(shared_.reduce),
-                 [](uint32_t a, uint32_t b) { return max(a, b); });
+    reduce_block(largest, shared_.reduce, [](uint32_t a, uint32_t b) { return max(a, b); });
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(largest[i]);
   }
 
-  __device__ void store_z(int first_tile, int last_tile, const int64_t (&sum_x)[kGroupTokens]) {
+  __device__ void store_z(int first_tile, int last_tile) const {
     auto* z = static_cast<float*>(args_.scratch);
-    const auto* scales = reinterpret_cast<const float*>(args_.arena + entry_->scale_offset);
+    int64_t sum_x[kGroupTokens];
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) sum_x[i] = sum_of_warps(shared_.sum_x[i]);
     const int values = (last_tile - first_tile) * kDownLanes;
     for (int i = threadIdx.x; i < values; i += blockDim.x) {
       const int tile = i / kDownLanes, row = i % kDownLanes;
       const DownShape::Run& run = shared_.tiles[tile];
       if (row >= run.lanes()) continue;
-      const float scale = scales[run.component + row];
+      const float scale = shared_.scales[tile][row];
 #pragma unroll
       for (int token = 0; token < kGroupTokens; ++token) {
         if (tokens_.id[token] < 0) continue;

@@ -20,12 +20,14 @@ constexpr int kUpRingWords = UpShape::kDepth * UpShape::kStageWords;  // a warp
 constexpr int kUpRowStride = 9;
 constexpr int kUpColumnStride = 296;
 constexpr int kZPlaneBytes = kUpPositions + 16;
+static_assert(kColumns * kUpColumnStride <= kUpRingWords, "a ring has room for a panel's sums");
 
 struct alignas(16) UpShared {
   SharedRoutes routes;
   int32_t sums[kUpPanels][kColumns][kUpColumnStride];
   int8_t z[kColumns][kZPlaneBytes];
-  int64_t reduce[2 * 32];
+  uint32_t reduce[2 * 32];
+  int64_t level_offset[kGroupTokens][32];  // of each warp's numbers
 };
 
 // A warp's way through its part of (panels of a batch) x (runs of a chunk), in stages.
@@ -93,15 +95,17 @@ class Up {
 
   __device__ void run_batch(int first_panel, int last_panel) {
     __syncthreads();  // the sums of the batch before are read
-    zero_words(shared_.sums, (last_panel - first_panel) * kColumns * kUpColumnStride);
     const int runs = table_.runs();
-    for (int first = 0, last; first < runs; first = last) {
-      last = table_.runs_until(table_.at(first).position + kUpPositions);
+    const int first_end = table_.runs_until(kUpPositions);
+    // A panel alone, the case of one group: every warp leaves its sums where its ring was.
+    alone_ = last_panel - first_panel == 1 && first_end == runs;
+    if (!alone_) zero_words(shared_.sums, (last_panel - first_panel) * kColumns * kUpColumnStride);
+    for (int first = 0, last = first_end; first < runs;) {
       run_chunk(first_panel, last_panel, first, last, last - first == runs);
+      first = last;
+      if (first < runs) last = table_.runs_until(table_.at(first).position + kUpPositions);
     }
-    int64_t offset[kGroupTokens] = {level_offset_[0], level_offset_[1]};
-    reduce_block(offset, shared_.reduce, [](int64_t a, int64_t b) { return a + b; });
-    add_to_y(first_panel, last_panel, offset);
+    add_to_y(first_panel, last_panel);
   }
 
   __device__ UpWalk walk_of_warp(int first_panel, int last_panel, int first_run,
@@ -132,8 +136,8 @@ class Up {
     StageStream<UpShape, UpWalk> stream(use, ring_, table_, factor_);
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
-    const int first_position = load_z(first_run, last_run, all_runs);
     prefetch_y(first_panel, last_panel);
+    const int first_position = load_z(first_run, last_run, all_runs);
     __syncthreads();
 
     const int8_t* z = shared_.z[plane_of_thread(tokens_)] + threadIdx.x % 4 * 4 - first_position;
@@ -148,19 +152,32 @@ class Up {
                 [&](auto bits) { multiply_up<decltype(bits)::value>(stage, z0, z1, sum); });
       const int panel = use.stage.panel;
       use.next(table_, factor_);
-      if (use.done() || use.stage.panel != panel) flush(sum, shared_.sums[panel - first_panel][0]);
+      if (!alone_ && (use.done() || use.stage.panel != panel)) {
+        flush(sum, [&](const int32_t (&four)[4], int row) {
+          add_sums(four, shared_.sums[panel - first_panel][0], kUpColumnStride, row, kUpRowStride,
+                   tokens_);
+        });
+      }
+    }
+    if (alone_) {
+      __syncwarp();  // the last stage is read
+      flush(sum, [&](const int32_t (&four)[4], int row) {
+        store_sums(four, reinterpret_cast<int32_t*>(ring_), kUpColumnStride, row, kUpRowStride,
+                   tokens_);
+      });
     }
     __syncthreads();
   }
 
-  __device__ void flush(int32_t (&sum)[kBlockFields][2][4], int32_t* panel) const {
+  // put(four sums, row) for all of a panel's sums, which are zero then.
+  template <typename Put>
+  __device__ void flush(int32_t (&sum)[kBlockFields][2][4], Put put) const {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int field = 0; field < kBlockFields; ++field) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = (field * kFieldCodes + 2 * r) * kUpRowStride + g;
-        add_sums(sum[field][r], panel, kUpColumnStride, row, kUpRowStride, tokens_);
+        put(sum[field][r], (field * kFieldCodes + 2 * r) * kUpRowStride + g);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[field][r][i] = 0;
       }
@@ -194,6 +211,8 @@ class Up {
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) put_warp_sum(level_offset_[i], shared_.level_offset[i]);
     return begin.position;
   }
 
@@ -224,8 +243,7 @@ class Up {
         largest[i] = max(largest[i], magnitude_bits(row[c]));
       }
     }
-    reduce_block(largest, reinterpret_cast<uint32_t*>(shared_.reduce),
-                 [](uint32_t a, uint32_t b) { return max(a, b); });
+    reduce_block(largest, shared_.reduce, [](uint32_t a, uint32_t b) { return max(a, b); });
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(largest[i]);
   }
@@ -245,8 +263,21 @@ class Up {
     }
   }
 
-  __device__ void add_to_y(int first_panel, int last_panel, const int64_t (&offset)[2]) {
+  __device__ int64_t sum_of(int panel, int row, int token) const {
+    if (!alone_) return read_sum(shared_.sums[panel][0], kUpColumnStride, row, token);
+    int64_t sum = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+      const auto* sums = reinterpret_cast<const int32_t*>(&shared_ + 1) + warp * kUpRingWords;
+      sum += read_sum(sums, kUpColumnStride, row, token);
+    }
+    return sum;
+  }
+
+  __device__ void add_to_y(int first_panel, int last_panel) const {
     const DeltaLayer& layer = args_.layers[layer_];
+    int64_t offset[kGroupTokens];
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) offset[i] = sum_of_warps(shared_.level_offset[i]);
     const int values = (last_panel - first_panel) * kPanelCodes;
     for (int i = threadIdx.x; i < values; i += blockDim.x) {
       const int panel = i / kPanelCodes, code = i % kBlockCodes, g = i % kPanelCodes / kBlockCodes;
@@ -255,12 +286,11 @@ class Up {
 #pragma unroll
       for (int token = 0; token < kGroupTokens; ++token) {
         if (tokens_.id[token] < 0) continue;
-        const int64_t codes =
-            read_sum(shared_.sums[panel][0], kUpColumnStride, code * kUpRowStride + g, token);
-        const float delta = static_cast<float>(2 * codes - offset[token]) * unit_[token].unit;
         const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
         const float y = load_element(layer.y, at, args_.element);
-        store_element(layer.y, at, args_.element, y + delta);
+        const int64_t levels = 2 * sum_of(panel, code * kUpRowStride + g, token) - offset[token];
+        store_element(layer.y, at, args_.element,
+                      y + static_cast<float>(levels) * unit_[token].unit);
       }
     }
   }
@@ -277,6 +307,7 @@ class Up {
   Unit unit_[kGroupTokens];             // of z
   int64_t level_offset_[kGroupTokens];  // sum of (2^b - 1) · z of the numbers this thread made
   bool have_z_ = false;                 // its digits, or at least its unit
+  bool alone_ = false;
   bool waited_ = false;
 };
 

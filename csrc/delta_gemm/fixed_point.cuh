@@ -74,4 +74,19 @@ __device__ void reduce_block(T (&value)[2], T* shared, Combine combine) {
   __syncthreads();
 }
 
+// A sum over the thread block in two steps, so that a barrier which is there anyway is enough: the
+// warps' sums, and behind the barrier their sum.
+__device__ inline void put_warp_sum(int64_t value, int64_t* warp_sums) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+}
+
+__device__ inline int64_t sum_of_warps(const int64_t* warp_sums) {
+  int64_t sum = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += warp_sums[warp];
+  return sum;
+}
+
 }  // namespace adamix

@@ -82,6 +82,17 @@ __device__ inline void load_slots(const DeltaGemmCudaArgs& args, SharedRoutes& r
 
 // Ends with a barrier.
 __device__ inline void make_groups(const DeltaGemmCudaArgs& args, SharedRoutes& routes) {
+  if (args.tokens == 1 && args.routes.slots != nullptr) {  // so often that it shall be quick
+    if (threadIdx.x == 0) {
+      const int slot = *args.routes.slots;
+      routes.groups = slot >= 0 && slot < args.capacity;
+      routes.group_slot[0] = slot;
+      routes.group_token[0][0] = 0;
+      routes.group_token[0][1] = -1;
+    }
+    __syncthreads();
+    return;
+  }
   load_slots(args, routes);
   __syncthreads();
   const int tokens = static_cast<int>(args.tokens);

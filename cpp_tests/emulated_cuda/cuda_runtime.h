@@ -100,6 +100,9 @@ inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
 
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
 inline int __ffs(int bits) {
   return __builtin_ffs(bits);
 }
@@ -186,6 +189,17 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
         unsigned ballot = 0;
         for (int i = 0; i < emulator::kWarpLanes; ++i) ballot |= unsigned{*ins[i]} << i;
         for (int i = 0; i < emulator::kWarpLanes; ++i) *outs[i] = ballot;
+      });
+}
+
+inline unsigned __match_any_sync(unsigned, int value) {
+  return emulator::Block::current().together<unsigned>(
+      "__match_any_sync", value, [](const auto& ins, const auto& outs) {
+        for (int i = 0; i < emulator::kWarpLanes; ++i) {
+          *outs[i] = 0;
+          for (int j = 0; j < emulator::kWarpLanes; ++j)
+            *outs[i] |= unsigned{*ins[j] == *ins[i]} << j;
+        }
       });
 }
 

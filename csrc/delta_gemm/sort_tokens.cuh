@@ -68,16 +68,32 @@ __device__ inline int tiles_of(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
+// counters[slot of the token] += 1 for 32 tokens at a time; body(token, counter before it). Once
+// a slot and warp: tokens of one slot, the usual case, would queue for its counter.
+template <typename Body>
+__device__ void count_tokens(const DeltaGemmCudaArgs& args, int* counters, Body body) {
+  const int tokens = static_cast<int>(args.tokens), lane = threadIdx.x % 32;
+  for (int first = 0; first < tokens; first += blockDim.x) {
+    const int token = first + threadIdx.x;
+    int slot = token < tokens ? args.routes.slots[token] : -1;
+    if (slot >= args.capacity) slot = -1;
+    slot = max(slot, -1);
+    const unsigned same = __match_any_sync(0xffffffffu, slot);
+    const int leader = __ffs(same) - 1;
+    int before = 0;
+    if (lane == leader && slot >= 0) before = atomicAdd(&counters[slot], __popc(same));
+    before = __shfl_sync(0xffffffffu, before, leader) + __popc(same & ((1u << lane) - 1u));
+    if (slot >= 0) body(token, before);
+  }
+}
+
 // A counting sort. Tokens of a slot may come in any order: a token's result does not depend on it.
 __device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTarget& target,
                                      int* counters, int2* warp_sums) {
-  const int capacity = static_cast<int>(args.capacity), tokens = static_cast<int>(args.tokens);
+  const int capacity = static_cast<int>(args.capacity);
   for (int slot = threadIdx.x; slot < capacity; slot += blockDim.x) counters[slot] = 0;
   __syncthreads();
-  for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
-    const int slot = args.routes.slots[token];
-    if (slot >= 0 && slot < capacity) atomicAdd(&counters[slot], 1);
-  }
+  count_tokens(args, counters, [](int, int) {});
   __syncthreads();
   const int each = (capacity + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   const int begin = min(capacity, static_cast<int>(threadIdx.x) * each);
@@ -95,10 +111,7 @@ __device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTa
   }
   if (threadIdx.x == 0) *target.tile_count = min(total.y, target.max_tiles);
   __syncthreads();
-  for (int token = threadIdx.x; token < tokens; token += blockDim.x) {
-    const int slot = args.routes.slots[token];
-    if (slot >= 0 && slot < capacity) target.order[atomicAdd(&counters[slot], 1)] = token;
-  }
+  count_tokens(args, counters, [&](int token, int at_order) { target.order[at_order] = token; });
 }
 
 // Segments are sorted already; order is token_indices itself.

@@ -56,33 +56,19 @@ __device__ inline int plane_of_thread(const Tokens& tokens) {
   return tokens.of(token) < 0 ? 0 : token * kDigits + min(digit, kDigits - 1);
 }
 
-// Adds a thread's four sums of a byte product to the tile's: rows `row` and `row + step` of
-// columns 2t, 2t + 1.
-__device__ inline void add_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride, int row,
-                                int step, const Tokens& tokens) {
-  const int t = threadIdx.x % 4;
-  if (tokens.of(t / 2) < 0) return;
-  const int plane = t / 2 * kDigits + t % 2 * 2;
-  int32_t* first = tile + plane * column_stride + row;
-  atomicAdd(first, sum[0]);
-  atomicAdd(first + step, sum[2]);
-  if (t % 2 == 0) {
-    atomicAdd(first + column_stride, sum[1]);
-    atomicAdd(first + column_stride + step, sum[3]);
-  }
-}
-
-// The same, but stores them.
-__device__ inline void store_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride,
-                                  int row, int step, const Tokens& tokens) {
+// put(where, sum) for a thread's four sums of a byte product: rows `row` and `row + step` of
+// columns 2t, 2t + 1 of the tile.
+template <typename Put>
+__device__ void put_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride, int row,
+                         int step, const Tokens& tokens, Put put) {
   const int t = threadIdx.x % 4;
   if (tokens.of(t / 2) < 0) return;
   int32_t* first = tile + (t / 2 * kDigits + t % 2 * 2) * column_stride + row;
-  first[0] = sum[0];
-  first[step] = sum[2];
+  put(first, sum[0]);
+  put(first + step, sum[2]);
   if (t % 2 == 0) {
-    first[column_stride] = sum[1];
-    first[column_stride + step] = sum[3];
+    put(first + column_stride, sum[1]);
+    put(first + column_stride + step, sum[3]);
   }
 }
 

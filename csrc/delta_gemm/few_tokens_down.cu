@@ -187,7 +187,8 @@ class Down {
         sums[kind][i] = 0;
       }
     }
-    add_sums(sum, tile, kDownLanes, threadIdx.x % 32 / 4, 8, tokens_);
+    put_sums(sum, tile, kDownLanes, threadIdx.x % 32 / 4, 8, tokens_,
+             [](int32_t* where, int32_t value) { atomicAdd(where, value); });
   }
 
   // The digits of the group's tokens, panels [first, last), in the byte order of fields; zeros

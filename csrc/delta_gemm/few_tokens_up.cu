@@ -153,31 +153,28 @@ class Up {
       const int panel = use.stage.panel;
       use.next(table_, factor_);
       if (!alone_ && (use.done() || use.stage.panel != panel)) {
-        flush(sum, [&](const int32_t (&four)[4], int row) {
-          add_sums(four, shared_.sums[panel - first_panel][0], kUpColumnStride, row, kUpRowStride,
-                   tokens_);
-        });
+        flush(sum, shared_.sums[panel - first_panel][0],
+              [](int32_t* where, int32_t value) { atomicAdd(where, value); });
       }
     }
     if (alone_) {
       __syncwarp();  // the last stage is read
-      flush(sum, [&](const int32_t (&four)[4], int row) {
-        store_sums(four, reinterpret_cast<int32_t*>(ring_), kUpColumnStride, row, kUpRowStride,
-                   tokens_);
-      });
+      flush(sum, reinterpret_cast<int32_t*>(ring_),
+            [](int32_t* where, int32_t value) { *where = value; });
     }
     __syncthreads();
   }
 
-  // put(four sums, row) for all of a panel's sums, which are zero then.
+  // put(where, sum) for all of a panel's sums, which are zero then.
   template <typename Put>
-  __device__ void flush(int32_t (&sum)[kBlockFields][2][4], Put put) const {
+  __device__ void flush(int32_t (&sum)[kBlockFields][2][4], int32_t* panel, Put put) const {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int field = 0; field < kBlockFields; ++field) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        put(sum[field][r], (field * kFieldCodes + 2 * r) * kUpRowStride + g);
+        const int row = (field * kFieldCodes + 2 * r) * kUpRowStride + g;
+        put_sums(sum[field][r], panel, kUpColumnStride, row, kUpRowStride, tokens_, put);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum[field][r][i] = 0;
       }

@@ -117,11 +117,11 @@ def delta_gemm(
     out of the arena, raises. CUDA kernels cannot look: there a slot that has more counts as empty,
     and one that points out of the arena reads what it should not.
 
-    CUDA: at most 65536 inputs, and as many components a slot. Up to 128 tokens, and for fp32 x
-    always, x and z = scale · V_level · x are rounded to 2^-23 of their largest element and summed
-    in whole numbers, exactly, so a token's result does not depend on the tokens beside it; a NaN
-    or infinity in x makes all of its token's delta NaN. Above 128 tokens of 16 bits (and up to 8192
-    slots) sums are fp32, and z is rounded once to bf16.
+    CUDA: at most 65536 inputs, as many components a slot, 524288 outputs. Up to 128 tokens, and for
+    fp32 x always, x and z = scale · V_level · x are rounded to 2^-23 of their largest element and
+    summed in whole numbers, exactly, so a token's result does not depend on the tokens beside it;
+    a NaN or infinity in x makes all of its token's delta NaN. Above 128 tokens of 16 bits (and up
+    to 8192 slots) sums are fp32, and z is rounded once to bf16.
     """
     y = torch.ops.adamix.delta_gemm.default(
         _as_tokens(x), arena, table, slots, out_features, max_rank=max_rank

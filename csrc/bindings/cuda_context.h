@@ -35,14 +35,18 @@ class DeviceGuard {
  public:
   DeviceGuard(const char* op, const Tensor& tensor) {
     check_cuda(op, cudaGetDevice(&previous_));
-    check_cuda(op, cudaSetDevice(tensor.get_device_index()));
+    differs_ = previous_ != tensor.get_device_index();
+    if (differs_) check_cuda(op, cudaSetDevice(tensor.get_device_index()));
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (differs_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int previous_ = 0;
+  bool differs_ = false;  // to set a device again would wake one that nobody uses
 };
 
 }  // namespace adamix::bindings

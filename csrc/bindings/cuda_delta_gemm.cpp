@@ -30,7 +30,11 @@ void launch(const DeltaGemmInputs& inputs, const Tensors& ys, const TokenRoutes&
   const int64_t tokens = x.size(0), in = x.size(1);
   ADAMIX_CHECK(in <= kMaxInFeatures, op, ": x must have at most ", kMaxInFeatures,
                " columns on a CUDA device, got ", in);
-  // No delta has more components than inputs, and U's sums overflow where V's do.
+  // U's sums over components have room for as many as V's over inputs.
+  for (const Tensor& y : ys) {
+    ADAMIX_CHECK(y.size(1) <= kMaxOutFeatures, op, ": outputs must be at most ", kMaxOutFeatures,
+                 " on a CUDA device, got ", y.size(1));
+  }
   const int64_t max_rank = std::min(rank_bound(inputs, ys), kMaxInFeatures);
   // Nothing to add; without inputs the kernels would not even write the z that they read.
   if (tokens == 0 || in == 0 || max_rank == 0) return;

@@ -14,6 +14,12 @@ struct Device {
   int shared_bytes = 0;  // that one thread block may have
 };
 
+// An error that is told here must not be told again to whoever asks CUDA next.
+inline cudaError_t told(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
 inline cudaError_t current_device(Device& device) {
   int id = 0;
   cudaError_t status = cudaGetDevice(&id);
@@ -22,7 +28,7 @@ inline cudaError_t current_device(Device& device) {
   };
   read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return status;
+  return told(status);
 }
 
 constexpr int kReservedBytes = 1024;  // what the system keeps of a thread block's shared memory
@@ -47,18 +53,18 @@ inline cudaError_t prepare_kernel(const void* kernel, const Device& device, Kern
   static std::vector<KernelFacts> known;
   int id = 0;
   cudaError_t status = cudaGetDevice(&id);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess) return told(status);
   const std::lock_guard<std::mutex> lock(mutex);
   for (const KernelFacts& one : known) {
     if (one.kernel == kernel && one.device == id) return facts = one, cudaSuccess;
   }
   cudaFuncAttributes attributes = {};
   status = cudaFuncGetAttributes(&attributes, kernel);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess) return told(status);
   const int fixed = static_cast<int>(attributes.sharedSizeBytes);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 device.shared_bytes - fixed);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess) return told(status);
   known.push_back(facts = {kernel, id, attributes.ptxVersion >= 90});
   return cudaSuccess;
 }
@@ -69,9 +75,7 @@ cudaError_t launch_configured(void (*kernel)(Args...), const Grid& grid, cudaLau
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
   config.dynamicSmemBytes = grid.shared_bytes;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, args...);
-  if (status != cudaSuccess) cudaGetLastError();  // told here, so not again to who asks next
-  return status;
+  return told(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 // kernel<<<grid>>>(args...).

@@ -16,7 +16,8 @@
 // are swapped in place.
 namespace adamix {
 
-constexpr int64_t kMaxInFeatures = 1 << 16;  // sums of 16-bit products stay below 2^31
+constexpr int64_t kMaxInFeatures = 1 << 16;   // sums of byte products stay below 2^31
+constexpr int64_t kMaxOutFeatures = 1 << 19;  // and so do a delta's words
 
 enum class Element { kFloat, kHalf, kBFloat16 };
 

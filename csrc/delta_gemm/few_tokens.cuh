@@ -82,11 +82,15 @@ __device__ inline void zero_words(void* words, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) data[i] = 0;
 }
 
-// As many warps as get a ring each. One group alone is a matter of latency: the fewer warps work
-// out for themselves what is theirs, the sooner they begin.
-inline int warps_for(const DeltaGemmCudaArgs& args, int bytes, int ring_words, int most) {
+// One group alone is a matter of latency: the fewer warps work out for themselves what is theirs,
+// the sooner they begin.
+inline int most_warps(const DeltaGemmCudaArgs& args, int most) {
   constexpr int kOneGroupWarps = 8;
-  if (args.tokens <= kGroupTokens) most = std::min(most, kOneGroupWarps);
+  return args.tokens <= kGroupTokens ? std::min(most, kOneGroupWarps) : most;
+}
+
+// As many warps as get a ring each.
+inline int warps_for(int bytes, int ring_words, int most) {
   return std::clamp(bytes / (ring_words * 4), 1, most);
 }
 

@@ -313,10 +313,11 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   // Room for the digits of two tokens where all warps have their rings besides, of one where that
   // takes no more than half.
   const int one = kDigits * x_plane_bytes(static_cast<int>(panel_count(args.in)));
-  const int beside = bytes - kMaxDownWarps * kDownRingWords * 4;
+  const int most_beside = most_warps(args, kMaxDownWarps);
+  const int beside = bytes - most_beside * kDownRingWords * 4;
   const int most = std::max(beside, std::min(one, bytes / 2));
   const DownPlan plan = {std::max(std::min(2 * one, most) / 16 * 16, kColumns * x_plane_bytes(1))};
-  const int warps = warps_for(args, bytes - plan.x_bytes, kDownRingWords, kMaxDownWarps);
+  const int warps = warps_for(bytes - plan.x_bytes, kDownRingWords, most_beside);
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
       sizeof(DownShared) + static_cast<size_t>(plan.x_bytes + warps * kDownRingWords * 4)};

@@ -322,7 +322,7 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
   const int bytes = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
-  const int warps = warps_for(args, bytes, kUpRingWords, kMaxUpWarps);
+  const int warps = warps_for(bytes, kUpRingWords, most_warps(args, kMaxUpWarps));
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
                      sizeof(UpShared) + static_cast<size_t>(warps * kUpRingWords * 4)};
   return launch_overlapped(up_kernel, grid, device, stream, args);

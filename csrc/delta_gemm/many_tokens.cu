@@ -178,35 +178,39 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ ManyT
   }
 }
 
-// Two passes: all of y is on its way before the first of it is needed.
+// A token's y is all on its way before the first of it is needed.
 template <typename T, typename Sums>
 __device__ void add_to_y(const ManyTokensArgs& args, const DeltaLayer& matrix,
                          const Product& product, const Sums& sums, int first_row) {
+  constexpr int kAtOnce = Sums::kTokensAtOnce;
   auto* y = static_cast<uint16_t*>(matrix.y);
   const bool aligned = reinterpret_cast<uintptr_t>(y) % 4 == 0 && matrix.y_row_stride % 2 == 0;
   const int left = static_cast<int>(min(matrix.out - product.first_row, int64_t{kTileRows}));
-  uint16_t* rows[Sums::kTokens];
-  uint32_t before[Sums::kTokens][Sums::kPairs];
 #pragma unroll
-  for (int i = 0; i < Sums::kTokens; ++i) {
-    const int row = first_row + sums.token(i);
-    const int token = row < product.tokens ? args.sorted.order[product.first_token + row] : -1;
-    const bool inside = token >= 0 && token < args.call.tokens;
-    rows[i] = inside ? y + token * matrix.y_row_stride + product.first_row : nullptr;
+  for (int first = 0; first < Sums::kTokens; first += kAtOnce) {
+    uint16_t* rows[kAtOnce];
+    uint32_t before[kAtOnce][Sums::kPairs];
 #pragma unroll
-    for (int n = 0; n < Sums::kPairs; ++n) {
-      before[i][n] = rows[i] != nullptr ? load_pair(rows[i], sums.row(n), left, aligned) : 0;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first_row + sums.token(first + i);
+      const int token = row < product.tokens ? args.sorted.order[product.first_token + row] : -1;
+      const bool inside = token >= 0 && token < args.call.tokens;
+      rows[i] = inside ? y + token * matrix.y_row_stride + product.first_row : nullptr;
+#pragma unroll
+      for (int n = 0; n < Sums::kPairs; ++n) {
+        before[i][n] = inside ? load_pair(rows[i], sums.row(n), left, aligned) : 0;
+      }
     }
-  }
 #pragma unroll
-  for (int i = 0; i < Sums::kTokens; ++i) {
-    if (rows[i] == nullptr) continue;
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (rows[i] == nullptr) continue;
 #pragma unroll
-    for (int n = 0; n < Sums::kPairs; ++n) {
-      const float2 sum = sums.sum(i, n);
-      const uint32_t pair = round_pair<T>(widen(from_bits<T>(before[i][n])) + sum.x,
-                                          widen(from_bits<T>(before[i][n] >> 16)) + sum.y);
-      store_pair(rows[i], sums.row(n), left, aligned, pair);
+      for (int n = 0; n < Sums::kPairs; ++n) {
+        const float2 sum = sums.sum(first + i, n);
+        const uint32_t pair = round_pair<T>(widen(from_bits<T>(before[i][n])) + sum.x,
+                                            widen(from_bits<T>(before[i][n] >> 16)) + sum.y);
+        store_pair(rows[i], sums.row(n), left, aligned, pair);
+      }
     }
   }
 }

@@ -46,6 +46,7 @@ class TileProduct {
 
   // What a thread has sums of: kTokens tokens times kPairs pairs of adjacent rows.
   static constexpr int kTokens = 2, kPairs = kProductRows / 8;
+  static constexpr int kTokensAtOnce = 2;  // whose y there are registers for
 
   __device__ static int token(int i) {
     return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * i;
@@ -102,6 +103,7 @@ class TileProduct {
   __device__ void wait() {}
 
   static constexpr int kTokens = 4, kPairs = kProductRows / 16;
+  static constexpr int kTokensAtOnce = 1;
 
   __device__ static int token(int i) {
     return first_token() + 16 * (i / 2) + threadIdx.x % 32 / 4 + 8 * (i % 2);

@@ -255,30 +255,29 @@ class DeltaGemmCudaDevices : public DeltaGemmCuda {
 };
 
 // 99 KiB are the least that there is, 163 KiB an A100's.
-TEST_F(DeltaGemmCudaDevices, FewTokensOnAnyDevice) {
+template <typename Body>
+void on_any_device(Body body) {
   for (const int multiprocessors : {1, 3, 200}) {
     for (const int kilobytes : {99, 163}) {
       emulator::device.multiprocessors = multiprocessors;
       emulator::device.shared_bytes = kilobytes * 1024;
       SCOPED_TRACE(std::to_string(multiprocessors) + " multiprocessors of " +
                    std::to_string(kilobytes) + " KiB");
-      check<float>({three_layers(), mixed_slots(11)});
-      check<BFloat16>({{mixed_bank(6700, 300, 4)}, {3, 0, 0}});
-      check<BFloat16>({{mixed_bank(40, 1500, 4)}, {3, 0, 0}});
+      body();
     }
   }
 }
 
+TEST_F(DeltaGemmCudaDevices, FewTokensOnAnyDevice) {
+  on_any_device([] {
+    check<float>({three_layers(), mixed_slots(11)});
+    check<BFloat16>({{mixed_bank(6700, 300, 4)}, {3, 0, 0}});
+    check<BFloat16>({{mixed_bank(40, 1500, 4)}, {3, 0, 0}});
+  });
+}
+
 TEST_F(DeltaGemmCudaDevices, ManyTokensOnAnyDevice) {
-  for (const int multiprocessors : {1, 3, 200}) {
-    for (const int kilobytes : {163, 99}) {
-      emulator::device.multiprocessors = multiprocessors;
-      emulator::device.shared_bytes = kilobytes * 1024;
-      SCOPED_TRACE(std::to_string(multiprocessors) + " multiprocessors of " +
-                   std::to_string(kilobytes) + " KiB");
-      check<BFloat16>({{mixed_bank(1300, 200)}, mixed_slots(131)});
-    }
-  }
+  on_any_device([] { check<BFloat16>({{mixed_bank(1300, 200)}, mixed_slots(131)}); });
 }
 
 #endif

@@ -64,10 +64,17 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t share
 #define ADAMIX_8_REGISTERS(d, i)                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ADAMIX_64_REGISTERS(d)                                                         \
-  ADAMIX_8_REGISTERS(d, 0), ADAMIX_8_REGISTERS(d, 8), ADAMIX_8_REGISTERS(d, 16),       \
-      ADAMIX_8_REGISTERS(d, 24), ADAMIX_8_REGISTERS(d, 32), ADAMIX_8_REGISTERS(d, 40), \
-      ADAMIX_8_REGISTERS(d, 48), ADAMIX_8_REGISTERS(d, 56)
+#define ADAMIX_WGMMA(type, d, a, b)                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+               "%64, %65, 1, 1, 1, 0, 0;"                                                          \
+               : ADAMIX_8_REGISTERS(d, 0), ADAMIX_8_REGISTERS(d, 8), ADAMIX_8_REGISTERS(d, 16),    \
+                 ADAMIX_8_REGISTERS(d, 24), ADAMIX_8_REGISTERS(d, 32), ADAMIX_8_REGISTERS(d, 40),  \
+                 ADAMIX_8_REGISTERS(d, 48), ADAMIX_8_REGISTERS(d, 56)                              \
+               : "l"(a), "l"(b))
 
 // Hopper's products of a group of 4 warps, d[64, 128] += a[64, 16] · b[128, 16] transposed, both in
 // shared memory (descriptors as in tile_product.cuh), sums in fp32. Warp w has rows 16w ..: as
@@ -75,29 +82,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t share
 template <typename T>
 __device__ __forceinline__ void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, 1, 1, 1, 0, 0;"
-        : ADAMIX_64_REGISTERS(d)
-        : "l"(a), "l"(b));
+    ADAMIX_WGMMA("f16", d, a, b);
   } else {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, 1, 1, 1, 0, 0;"
-        : ADAMIX_64_REGISTERS(d)
-        : "l"(a), "l"(b));
+    ADAMIX_WGMMA("bf16", d, a, b);
   }
 }
 
-#undef ADAMIX_64_REGISTERS
+#undef ADAMIX_WGMMA
 #undef ADAMIX_8_REGISTERS
 
 // Before the first of a run of products: what threads wrote to d is seen.

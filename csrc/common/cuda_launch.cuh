@@ -10,6 +10,7 @@
 namespace adamix {
 
 struct Device {
+  int id = 0;
   int multiprocessors = 0;
   int shared_bytes = 0;  // that one thread block may have
 };
@@ -21,10 +22,9 @@ inline cudaError_t told(cudaError_t status) {
 }
 
 inline cudaError_t current_device(Device& device) {
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
+  cudaError_t status = cudaGetDevice(&device.id);
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, device.id);
   };
   read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
   read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -51,21 +51,18 @@ struct KernelFacts {
 inline cudaError_t prepare_kernel(const void* kernel, const Device& device, KernelFacts& facts) {
   static std::mutex mutex;
   static std::vector<KernelFacts> known;
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
-  if (status != cudaSuccess) return told(status);
   const std::lock_guard<std::mutex> lock(mutex);
   for (const KernelFacts& one : known) {
-    if (one.kernel == kernel && one.device == id) return facts = one, cudaSuccess;
+    if (one.kernel == kernel && one.device == device.id) return facts = one, cudaSuccess;
   }
   cudaFuncAttributes attributes = {};
-  status = cudaFuncGetAttributes(&attributes, kernel);
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return told(status);
   const int fixed = static_cast<int>(attributes.sharedSizeBytes);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 device.shared_bytes - fixed);
   if (status != cudaSuccess) return told(status);
-  known.push_back(facts = {kernel, id, attributes.ptxVersion >= 90});
+  known.push_back(facts = {kernel, device.id, attributes.ptxVersion >= 90});
   return cudaSuccess;
 }
 

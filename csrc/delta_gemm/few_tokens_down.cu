@@ -28,7 +28,7 @@ struct alignas(16) DownShared {
   DownShape::Run tiles[kDownTiles];  // of the batch
   float scales[kDownTiles][kDownLanes];
   int64_t sum_x[kGroupTokens][32];  // of each warp's numbers
-  uint32_t reduce[2 * 32];
+  uint32_t largest[2 * 32];
 };
 
 // A warp's way through its part of (tiles of a batch) x (panels of a chunk), in stages.
@@ -196,7 +196,7 @@ class Down {
   __device__ void load_x(int first_panel, int last_panel) {
     const bool whole = last_panel - first_panel == panels_;
     if (whole && loaded_ == tokens_) return;
-    if (!(loaded_ == tokens_)) find_units();
+    if (!(loaded_ == tokens_)) measure_x();
     loaded_ = tokens_;
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
@@ -236,7 +236,7 @@ class Down {
     return reinterpret_cast<uintptr_t>(args_.x) % 16 == 0 && args_.x_row_stride % kFieldCodes == 0;
   }
 
-  __device__ void find_units() {
+  __device__ void measure_x() {
     uint32_t largest[kGroupTokens] = {};
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
@@ -250,9 +250,7 @@ class Down {
           largest[i] = max(largest[i], magnitude_bits(values[j]));
       }
     }
-    reduce_block(largest, shared_.reduce, [](uint32_t a, uint32_t b) { return max(a, b); });
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(largest[i]);
+    find_units(largest, shared_.largest, unit_);
   }
 
   __device__ void store_z(int first_tile, int last_tile) const {

@@ -46,20 +46,6 @@ __device__ constexpr int sum_shift(int bits, int sum) {
   return bits > kNarrowBits ? 0 : sum * max(bits, 2);
 }
 
-// Four codes, one a byte, from bit `at` on.
-template <int kBits>
-__device__ __forceinline__ uint32_t field_at(const uint32_t (&block)[kBits], int field, int at) {
-  uint32_t codes = 0;
-#pragma unroll
-  for (int j = 0; j < kBits; ++j) {
-    const BitPlace place = place_of_bit(field, j, kBits);
-    const uint32_t word = block[place.word];
-    const int up = at + j - place.bit;
-    codes |= (up >= 0 ? word << up : word >> -up) & (kEveryByte << (at + j));
-  }
-  return codes;
-}
-
 // 16 components times the inputs of a stage: 4 blocks at a time, one a thread t.
 template <int kBits>
 __device__ __forceinline__ void multiply_down(const uint32_t* stage, const int8_t* x,
@@ -77,9 +63,10 @@ __device__ __forceinline__ void multiply_down(const uint32_t* stage, const int8_
 #pragma unroll
     for (int m = 0; m < kFieldPairs; ++m) {
       const FieldPair pair = field_pair(kBits, m);
-      mma_u8s8(sums[pair.sum], field_at(upper_row, pair.first, pair.at),
-               field_at(lower_row, pair.first, pair.at), field_at(upper_row, pair.second, pair.at),
-               field_at(lower_row, pair.second, pair.at), b[pair.first], b[pair.second]);
+      mma_u8s8(sums[pair.sum], read_field<kBits>(upper_row, pair.first, pair.at),
+               read_field<kBits>(lower_row, pair.first, pair.at),
+               read_field<kBits>(upper_row, pair.second, pair.at),
+               read_field<kBits>(lower_row, pair.second, pair.at), b[pair.first], b[pair.second]);
     }
   }
 }

@@ -26,7 +26,7 @@ struct alignas(16) UpShared {
   SharedRoutes routes;
   int32_t sums[kUpPanels][kColumns][kUpColumnStride];
   int8_t z[kColumns][kZPlaneBytes];
-  uint32_t reduce[2 * 32];
+  uint32_t largest[2 * 32];
   int64_t level_offset[kGroupTokens][32];  // of each warp's numbers
 };
 
@@ -188,7 +188,7 @@ class Up {
     if (all_runs && have_z_) return begin.position;
     const int bytes = table_.at(last_run - 1).end_position() - begin.position;
     const auto* z = static_cast<const float*>(args_.scratch);
-    if (!have_z_) find_units(z);
+    if (!have_z_) measure_z(z);
     have_z_ = true;
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
@@ -230,7 +230,7 @@ class Up {
     return component;
   }
 
-  __device__ void find_units(const float* z) {
+  __device__ void measure_z(const float* z) {
     uint32_t largest[kGroupTokens] = {};
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
@@ -240,9 +240,7 @@ class Up {
         largest[i] = max(largest[i], magnitude_bits(row[c]));
       }
     }
-    reduce_block(largest, shared_.reduce, [](uint32_t a, uint32_t b) { return max(a, b); });
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(largest[i]);
+    find_units(largest, shared_.largest, unit_);
   }
 
   // A line of 128 bytes a thread; one that lies across two is met by its neighbour but for the

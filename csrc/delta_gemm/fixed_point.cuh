@@ -52,24 +52,23 @@ __device__ __forceinline__ int64_t join_digits(int high, int middle, int low) {
   return (int64_t{high} << 16) + (int64_t{middle} << 8) + low;
 }
 
-// Over the thread block, of up to two values at once; `shared` holds 2 * 32 of them. Ends with a
-// barrier.
-template <typename T, typename Combine>
-__device__ void reduce_block(T (&value)[2], T* shared, Combine combine) {
+// The units of two vectors of which each thread has seen a part, whose largest magnitude is
+// largest[i]. `shared` holds 2 * 32 values. Ends with a barrier.
+__device__ inline void find_units(uint32_t (&largest)[2], uint32_t* shared, Unit (&units)[2]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     for (int distance = 16; distance > 0; distance /= 2) {
-      value[i] = combine(value[i], __shfl_xor_sync(0xffffffffu, value[i], distance));
+      largest[i] = max(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
     }
-    if (lane == 0) shared[i * 32 + warp] = value[i];
+    if (lane == 0) shared[i * 32 + warp] = largest[i];
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    T all = shared[i * 32];
-    for (int other = 1; other < warps; ++other) all = combine(all, shared[i * 32 + other]);
-    value[i] = all;
+    for (int other = 0; other < warps; ++other)
+      largest[i] = max(largest[i], shared[i * 32 + other]);
+    units[i] = unit_for(largest[i]);
   }
   __syncthreads();
 }

@@ -26,6 +26,12 @@ struct ManyTokensArgs {
   int64_t z_width;  // a multiple of kTileRows
   uint16_t* z;      // bf16 [layers, tokens, z_width], tokens sorted
   float* z_parts;   // [parts, layers, tokens, z_width]; only if parts > 1
+
+  // Where a sorted token's row begins in z, and in every part.
+  __device__ int64_t row_of_z(int layer, int sorted_token) const {
+    return (layer * call.tokens + sorted_token) * z_width;
+  }
+  __device__ int64_t part_size() const { return call.layer_count * call.tokens * z_width; }
 };
 
 // The products of one thread block, in an order in which those that share weights are neighbours.
@@ -94,13 +100,11 @@ __device__ void load_scales(const float* scales, const Product& product, float* 
 template <typename Sums>
 __device__ void store_z(const ManyTokensArgs& args, const Product& product, int layer, int part,
                         const float* scales, const Sums& sums, int first_row) {
-  const int64_t layer_z = args.call.tokens * args.z_width;
-  const int64_t part_z = args.call.layer_count * layer_z;
 #pragma unroll
   for (int i = 0; i < Sums::kTokens; ++i) {
     const int row = first_row + sums.token(i);
     if (row >= product.tokens) continue;
-    const int64_t first = layer * layer_z + (product.first_token + row) * args.z_width;
+    const int64_t first = args.row_of_z(layer, product.first_token + row);
 #pragma unroll
     for (int n = 0; n < Sums::kPairs; ++n) {
       // A component that is not there has the codes of another: its sum must not count, even if
@@ -113,7 +117,8 @@ __device__ void store_z(const ManyTokensArgs& args, const Product& product, int 
       if (args.parts == 1) {
         *reinterpret_cast<uint32_t*>(args.z + at) = round_pair<__nv_bfloat16>(z0, z1);
       } else {
-        *reinterpret_cast<float2*>(args.z_parts + part * part_z + at) = make_float2(z0, z1);
+        *reinterpret_cast<float2*>(args.z_parts + part * args.part_size() + at) =
+            make_float2(z0, z1);
       }
     }
   }
@@ -134,9 +139,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                         args.sorted.order,
                         call.tokens,
                         address % 16 == 0 && call.x_row_stride % 8 == 0};
-    Producer<T, DownWeights, XRows> producer({args.stages}, rows, group);
-    for_products(args, true,
-                 [&](const Product& product, int, int, const Entry&) { producer.run(product); });
+    Producer<T, DownWeights> producer({args.stages}, group);
+    for_products(args, true, [&](const Product& product, int, int, const Entry&) {
+      producer.run(product, rows);
+    });
     producer.finish();
     return;
   }
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ ManyT
   wait_for_previous_kernel();
   let_next_kernel_start();
   const DeltaGemmCudaArgs& call = args.call;
-  const int64_t part_size = int64_t{call.layer_count} * call.tokens * args.z_width;
+  const int64_t part_size = args.part_size();
   const int tiles = *args.sorted.tile_count;
   for (int work = blockIdx.x; work < tiles * call.layer_count; work += gridDim.x) {
     const TokenTile tile = args.sorted.tiles[work % tiles];
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(256) join_kernel(const __grid_constant__ ManyT
     if (entry.rank == 0) continue;
     const int pairs = (2 * pair_count(entry.counts) + kStepCodes - 1) / kStepCodes * kStepPairs;
     for (int row = blockIdx.y; row < tile.count; row += gridDim.y) {
-      const int64_t at = (int64_t{layer} * call.tokens + tile.first + row) * args.z_width;
+      const int64_t at = args.row_of_z(layer, tile.first + row);
       for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         float2 sum = {0.0f, 0.0f};
         for (int part = 0; part < args.parts; ++part) {
@@ -222,12 +228,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const DeltaGemmCudaArgs& call = args.call;
   int group;
   if (is_producer(group)) {
-    ZRows rows = {nullptr, args.z_width * 2, args.z_width};
-    Producer<__nv_bfloat16, UpWeights, ZRows> producer({args.stages}, rows, group);
+    Producer<__nv_bfloat16, UpWeights> producer({args.stages}, group);
     for_products(args, false, [&](const Product& product, int layer, int, const Entry&) {
-      producer.set_rows({reinterpret_cast<const char*>(args.z + layer * call.tokens * args.z_width),
-                         args.z_width * 2, args.z_width});
-      producer.run(product);
+      const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
+      producer.run(product, ZRows{z, args.z_width * 2, args.z_width});
     });
     producer.finish();
     return;

@@ -95,15 +95,14 @@ __device__ inline void copy_tokens(const Rows& rows, const Product& product, int
 }
 
 // Producer and consumer walk the same products and count the same steps.
-template <typename T, typename Weights, typename Rows>
+template <typename T, typename Weights>
 class Producer {
  public:
-  __device__ Producer(const Stages& stages, const Rows& rows, int group)
-      : stages_(stages), rows_(rows), group_(group), thread_(threadIdx.x % kGroupThreads) {}
+  __device__ Producer(const Stages& stages, int group)
+      : stages_(stages), group_(group), thread_(threadIdx.x % kGroupThreads) {}
 
-  __device__ void set_rows(const Rows& rows) { rows_ = rows; }
-
-  __device__ void run(const Product& product) {
+  template <typename Rows>
+  __device__ void run(const Product& product, const Rows& rows) {
     weights_.begin(product, thread_);
     int step = product.first_step + (group_ + kProducers - step_ % kProducers) % kProducers;
     const int count = product.last_step - product.first_step, begin = step_;
@@ -112,7 +111,7 @@ class Producer {
       const int number = begin + step - product.first_step, stage = number % stages_.count;
       if (stages_.count == kProducers) hand_over();  // or it would wait for itself
       if (number >= stages_.count) barrier_sync(stages_.empty(stage), kFullThreads);
-      copy_tokens(rows_, product, step, thread_, stages_.tokens(stage));
+      copy_tokens(rows, product, step, thread_, stages_.tokens(stage));
       weights_.template store<T>(stages_.weights(stage), thread_);
       if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
       wait_copies<1>();  // of the stage before: its copies have had this long
@@ -146,7 +145,6 @@ class Producer {
   }
 
   const Stages stages_;
-  Rows rows_;
   const int group_;
   const int thread_;
   Weights weights_;

@@ -34,7 +34,7 @@ struct SortTarget {
 };
 
 // Sums over all threads before this one, and over all. Ends with a barrier.
-__device__ inline int2 sum_before(int2 value, int2* warp_sums, int2& total) {
+__device__ inline int2 sum_before_thread(int2 value, int2* warp_sums, int2& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int2 sum = value;
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -102,7 +102,7 @@ __device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTa
   for (int slot = begin; slot < end; ++slot) {
     here.x += counters[slot], here.y += tiles_of(counters[slot]);
   }
-  int2 at = sum_before(here, warp_sums, total);
+  int2 at = sum_before_thread(here, warp_sums, total);
   for (int slot = begin; slot < end; ++slot) {
     const int count = counters[slot];
     write_tiles(target, at.y, slot, at.x, count);
@@ -130,7 +130,7 @@ __device__ inline void cut_segments(const DeltaGemmCudaArgs& args, const SortTar
       count = max(0, min(count, static_cast<int>(routes.indices) - start));
     }
     int2 total;
-    const int2 before = sum_before({0, tiles_of(count)}, warp_sums, total);
+    const int2 before = sum_before_thread({0, tiles_of(count)}, warp_sums, total);
     write_tiles(target, tiles + before.y, slot, start, count);
     tiles += total.y;
   }

@@ -8,8 +8,9 @@
 //
 //   sums [64 tokens, 128 rows] += tokens [64, 64 k] · rows [128, 64 k] transposed
 //
-// A tile's row is 64 numbers of 16 bits, 8 chunks of 16 bytes. Chunk c of row r lies at c ^ (r %
-// 8): eight rows' same chunk then lie in different banks, and wgmma calls it the 128-byte swizzle.
+// A tile's row is 64 numbers of 16 bits, 8 chunks of 16 bytes. Chunk c of row r lies at chunk
+// c ^ r % 8: the same chunk of eight rows then lies in different banks. wgmma calls it the 128-byte
+// swizzle.
 namespace adamix {
 
 constexpr int kStepCodes = 64;  // k of a tile

@@ -80,8 +80,7 @@ struct LaneRun {
   __device__ int end_position() const { return position + lanes_of(bits); }
 };
 
-// --- a warp's knowledge of all widths: lane i % 8 holds width 8 - i; all lanes ask together
-// -------
+// --- what a warp knows of all widths; lane i % 8 holds width 8 - i, and all lanes ask together
 
 constexpr unsigned kWarp = 0xffffffffu;
 
@@ -227,12 +226,9 @@ struct Factor {
 };
 
 __device__ inline Factor make_factor(const uint32_t* words, const Counts& counts, int64_t codes) {
-  int64_t column = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxBits; ++i) column += int64_t{counts.at[i]} * (kMaxBits - i);
   const int panels = static_cast<int>(panel_count(codes));
-  return {words, column * kPanelBlocks, panels, panel_blocks(codes, panels - 1),
-          reinterpret_cast<uintptr_t>(words) % 16 == 0};
+  return {words, block_column_words(counts.at) * kPanelBlocks, panels,
+          panel_blocks(codes, panels - 1), reinterpret_cast<uintptr_t>(words) % 16 == 0};
 }
 
 // Which stage comes next, and where it is.

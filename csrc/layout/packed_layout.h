@@ -109,18 +109,18 @@ ADAMIX_HD constexpr uint32_t swap_middle_bytes(uint32_t bytes) {
 
 constexpr uint32_t kEveryByte = 0x01010101u;
 
-// The four codes of a field, one a byte, in the order of FIELD. With a constant field and width
-// compilers make one shift and one mask of it, for a field of leftover bits a few; that takes a
-// loop whose length is constant.
+// The four codes of a field, one a byte from bit `at` on, in the order of FIELD. With a constant
+// field and width compilers make one shift and one mask of it (where codes lie at that bit, a mask
+// alone), for a field of leftover bits a few; that takes a loop whose length is constant.
 template <int kBits>
-ADAMIX_HD constexpr uint32_t read_field(const uint32_t* block, int field) {
+ADAMIX_HD constexpr uint32_t read_field(const uint32_t* block, int field, int at = 0) {
   uint32_t codes = 0;
   ADAMIX_UNROLL
   for (int j = 0; j < kBits; ++j) {
     const BitPlace place = place_of_bit(field, j, kBits);
     const uint32_t word = block[place.word];
-    codes |=
-        (place.bit >= j ? word >> (place.bit - j) : word << (j - place.bit)) & (kEveryByte << j);
+    const int up = at + j - place.bit;
+    codes |= (up >= 0 ? word << up : word >> -up) & (kEveryByte << (at + j));
   }
   return codes;
 }
@@ -164,7 +164,8 @@ ADAMIX_HD inline int64_t component_count(const int64_t* counts) {
 }
 
 // Words of all lanes of one factor for one block of codes.
-ADAMIX_HD inline int64_t block_column_words(const int64_t* counts) {
+template <typename Integer>
+ADAMIX_HD inline int64_t block_column_words(const Integer* counts) {
   int64_t words = 0;
   for (int i = 0; i < kMaxBits; ++i) words += counts[i] * (kMaxBits - i);
   return words;

@@ -15,6 +15,7 @@
 #define __host__
 #define __shared__ EMULATED_SHARED
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -105,6 +106,17 @@ inline int __popc(unsigned bits) {
 }
 inline int __ffs(int bits) {
   return __builtin_ffs(bits);
+}
+
+inline int __clz(int bits) {
+  return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits));
+}
+
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  }
+  return sum;
 }
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -203,13 +215,27 @@ inline unsigned __match_any_sync(unsigned, int value) {
       });
 }
 
+template <typename T, typename Join>
+T emulated_reduce(const char* name, T value, Join join) {
+  return emulator::Block::current().together<T>(name, value,
+                                                [join](const auto& ins, const auto& outs) {
+                                                  T all = *ins[0];
+                                                  for (int i = 1; i < emulator::kWarpLanes; ++i)
+                                                    all = join(all, *ins[i]);
+                                                  for (int i = 0; i < emulator::kWarpLanes; ++i)
+                                                    *outs[i] = all;
+                                                });
+}
+
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
-  return emulator::Block::current().together<unsigned>(
-      "__reduce_or_sync", value, [](const auto& ins, const auto& outs) {
-        unsigned all = 0;
-        for (int i = 0; i < emulator::kWarpLanes; ++i) all |= *ins[i];
-        for (int i = 0; i < emulator::kWarpLanes; ++i) *outs[i] = all;
-      });
+  return emulated_reduce("__reduce_or_sync", value, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulated_reduce("__reduce_max_sync", value,
+                         [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return emulated_reduce("__reduce_add_sync", value, [](int a, int b) { return a + b; });
 }
 
 // ---------------------------------------------------------------------------------------------

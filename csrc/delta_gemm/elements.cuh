@@ -62,29 +62,61 @@ __device__ __forceinline__ uint32_t round_pair(float first, float second) {
   }
 }
 
-// Four adjacent elements at a multiple of four, zeros from `count` on; vector: whether they may be
-// read at once.
-__device__ __forceinline__ void load_four(const void* data, int64_t i, int64_t count, bool vector,
-                                          Element element, float (&values)[4]) {
-  if (vector && count >= 4) {
-    if (element == Element::kFloat) {
-      const auto four = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-      values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+// body(T{}) with the type that `element` names.
+template <typename Body>
+__device__ __forceinline__ void with_element(Element element, Body&& body) {
+  switch (element) {
+    case Element::kHalf: body(__half{}); break;
+    case Element::kBFloat16: body(__nv_bfloat16{}); break;
+    default: body(float{});
+  }
+}
+
+// Eight adjacent elements as they are: 16 bytes, or 32 of fp32.
+template <typename T>
+struct Eight {
+  static constexpr int kWords = 8 * sizeof(T) / 4;
+  uint32_t words[kWords];
+
+  // Elements i .. of `count`, zeros behind them; vector: whether they may be read 16 bytes at a
+  // time.
+  __device__ __forceinline__ void load(const T* data, int64_t i, int64_t count, bool vector) {
+    if (vector && i + 8 <= count) {
+#pragma unroll
+      for (int j = 0; j < kWords; j += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(data + i + j * (8 / kWords));
+        words[j] = four.x, words[j + 1] = four.y, words[j + 2] = four.z, words[j + 3] = four.w;
+      }
       return;
     }
-    const auto two = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + i);
-    const uint32_t pair[2] = {two.x, two.y};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t bits = pair[j / 2] >> j % 2 * 16;
-      values[j] = element == Element::kHalf ? widen(from_bits<__half>(bits))
-                                            : widen(from_bits<__nv_bfloat16>(bits));
+    for (int j = 0; j < kWords; ++j) {
+      words[j] = 0;
+#pragma unroll
+      for (int k = 0; k < 8 / kWords; ++k) {
+        const int64_t at = i + j * (8 / kWords) + k;
+        if (at < count) words[j] |= raw(data[at]) << 16 * k;
+      }
     }
-    return;
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) values[j] = j < count ? load_element(data, i + j, element) : 0.0f;
-}
+
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return __uint_as_float(words[i]);
+    } else {
+      return widen(from_bits<T>(words[i / 2] >> i % 2 * 16));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t raw(T value) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __float_as_uint(value);
+    } else {
+      return bits_of(value);
+    }
+  }
+};
 
 // Elements i and i + 1 of `count` of 16 bits, those that are there; aligned: to 4 bytes.
 __device__ __forceinline__ uint32_t load_pair(const uint16_t* data, int i, int count,

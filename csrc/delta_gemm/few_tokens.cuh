@@ -7,6 +7,7 @@
 #include "delta_gemm/delta_gemm_cuda.h"
 #include "delta_gemm/fixed_point.cuh"
 #include "delta_gemm/routes.cuh"
+#include "delta_gemm/word_stream.cuh"
 
 // delta_gemm where few tokens share a delta: the packed words bound the time, each is read once and
 // serves the two tokens of a group. Two kernels, one thread block a multiprocessor:
@@ -26,9 +27,15 @@
 // gives the same bits, whatever else is in the launch.
 namespace adamix {
 
-// fp32 z [layers, tokens, max_rank].
+// fp32 z [layers, tokens, positions]; positions: components of every width padded to whole runs,
+// the padding zero.
 inline size_t few_tokens_scratch_bytes(const DeltaGemmCudaArgs& args) {
-  return static_cast<size_t>(args.layer_count * args.tokens * args.max_rank) * sizeof(float);
+  return static_cast<size_t>(args.layer_count * args.tokens * (args.max_rank + kMaxPadding)) *
+         sizeof(float);
+}
+
+__device__ __forceinline__ int64_t z_row(const DeltaGemmCudaArgs& args, int layer, int token) {
+  return (layer * args.tokens + token) * (args.max_rank + kMaxPadding);
 }
 
 // Both need args.tokens <= kFewTokens.
@@ -80,13 +87,6 @@ __device__ inline int64_t read_sum(const int32_t* tile, int column_stride, int r
 __device__ inline void zero_words(void* words, int count) {
   auto* data = static_cast<int32_t*>(words);
   for (int i = threadIdx.x; i < count; i += blockDim.x) data[i] = 0;
-}
-
-// One group alone is a matter of latency: the fewer warps work out for themselves what is theirs,
-// the sooner they begin.
-inline int most_warps(const DeltaGemmCudaArgs& args, int most) {
-  constexpr int kOneGroupWarps = 8;
-  return args.tokens <= kGroupTokens ? std::min(most, kOneGroupWarps) : most;
 }
 
 // As many warps as get a ring each.

@@ -5,14 +5,15 @@
 #include "delta_gemm/few_tokens_down_product.cuh"
 #include "delta_gemm/word_stream.cuh"
 
-// z = scale · V x. A tile: 16 components of a group, all panels of V; see few_tokens.cuh.
+// z = scale · V x. A tile: a run of 16 components (8 of wide codes) of a group, all panels of V;
+// see few_tokens.cuh.
 namespace adamix {
 namespace {
 
-constexpr int kDownTiles = 32;  // of a batch: 12 KiB of sums
+constexpr int kDownTiles = 32;  // of a batch: as many as a warp has lanes
 constexpr int kMaxDownWarps = 16;
-
-constexpr int kDownRingWords = DownShape::kDepth * DownShape::kStageWords;  // a warp
+constexpr int kDownDepth = 4;
+constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
 
 struct DownPlan {
   int x_bytes;  // for the digits of x, as many panels at a time as there is room for
@@ -24,40 +25,57 @@ __host__ __device__ constexpr int x_plane_bytes(int panels) {
 
 struct alignas(16) DownShared {
   SharedRoutes routes;
+  Run tiles[kDownTiles];  // of the batch
   int32_t sums[kDownTiles][kColumns][kDownLanes];
-  DownShape::Run tiles[kDownTiles];  // of the batch
   float scales[kDownTiles][kDownLanes];
-  int64_t sum_x[kGroupTokens][32];  // of each warp's numbers
-  uint32_t largest[2 * 32];
+  uint32_t largest[kGroupTokens][32];  // of each warp's values
+  int64_t sum_x[kGroupTokens][32];     // of each warp's numbers
 };
 
-// A warp's way through its part of (tiles of a batch) x (panels of a chunk), in stages.
-struct DownWalk {
-  StageSource<DownShape> stage;
-  int first_panel, last_panel;
-  int left;  // stages
-
-  __device__ bool done() const { return left == 0; }
-
-  __device__ void next(const RunTable<DownShape::Run>& table, const Factor& factor) {
-    if (--left == 0) return;
-    const int bits = stage.run.bits, blocks = DownShape::blocks_of(bits);
-    stage.source += blocks * bits;
-    stage.first_block += blocks;
-    if (stage.first_block < kPanelBlocks) return;
-    stage.first_block = 0;
-    ++stage.panel;
-    if (stage.panel < last_panel && factor.blocks(stage.panel) == kPanelBlocks) {
-      stage.source += factor.panel_words - kPanelBlocks * bits;
-      return;
-    }
-    if (stage.panel == last_panel) {
-      stage.panel = first_panel;
-      stage.run = table.behind(stage.run);
-    }
-    stage.place(factor);
+// A warp's way through its part of (tiles of a batch) x (panels of a chunk).
+class DownWalk {
+ public:
+  __device__ DownWalk(const Run* tiles, const Factor& factor, int first_panel, int last_panel,
+                      int tile, int panel, int stages)
+      : tiles_(tiles), factor_(factor), first_panel_(first_panel), last_panel_(last_panel) {
+    tile_ = tile, panel_ = panel, left_ = stages;
+    if (left_ > 0) place();
   }
+
+  __device__ bool done() const { return left_ == 0; }
+  __device__ Run run() const { return tiles_[tile_]; }
+  __device__ int words() const { return words_; }
+  __device__ int panel() const { return panel_; }
+  __device__ const uint32_t* source() const { return source_; }
+
+  __device__ void next() {
+    --left_;
+    ++panel_;
+    source_ += factor_.panel_words;
+    if (left_ == 0 || (panel_ < last_panel_ && panel_ + 1 < factor_.panels)) return;
+    if (panel_ == last_panel_) {
+      panel_ = first_panel_;
+      ++tile_;
+    }
+    place();
+  }
+
+ private:
+  __device__ void place() {
+    const Run run = tiles_[tile_];
+    words_ = run.words();
+    source_ = factor_.at(panel_, run.before);
+  }
+
+  const Run* tiles_;
+  const Factor& factor_;
+  const int first_panel_, last_panel_;
+  int tile_, panel_, left_;
+  int words_;
+  const uint32_t* source_;
 };
+
+using DownStream = StageStream<DownWalk, kDownDepth, kDownStageWords>;
 
 class Down {
  public:
@@ -66,213 +84,263 @@ class Down {
     x_planes_ = reinterpret_cast<int8_t*>(&shared + 1);
     auto* rings = reinterpret_cast<uint32_t*>(x_planes_ + plan.x_bytes);
     ring_ = rings + threadIdx.x / 32 * kDownRingWords;
-    loaded_.id[0] = loaded_.id[1] = -1;
   }
 
   __device__ void run() {
-    make_groups(args_, shared_.routes);
-    const int panels = panels_;
-    share_out(args_, shared_.routes, [panels](int, const Entry& entry) {
-      return Work{int64_t{panels} * words_of_runs<DownShape::Run>(entry.counts),
-                  runs_of_entry<DownShape::Run>(entry.counts)};
-    });
+    const auto work_of = [panels = panels_](int, const Entry& entry) {
+      if (entry.rank == 0) return Work{0, 0};
+      return Work{panels * block_column_words(entry.counts.at), DownRuns::count(entry.counts)};
+    };
+    if (args_.tokens == 1 && WarpRoute::fits(args_) && room_for_panels(1) >= panels_) {
+      // x does not wait for the route: it is of this token or of none.
+      WarpRoute route;
+      const bool routes = threadIdx.x < 32;
+      if (routes) route.read_slots(args_);
+      begin_x(Tokens{0, -1});
+      if (routes) route.read_entries(args_, shared_.routes);
+      __syncthreads();
+      load_x(0, panels_);
+      if (routes) route.share_out(shared_.routes, work_of);
+      __syncthreads();
+    } else {
+      find_route(args_, shared_.routes, work_of);
+    }
     for_share(args_, shared_.routes,
               [this](int e, int begin, int end) { run_entry(e, begin, end); });
   }
 
  private:
+  // Panels whose digits there is room for.
+  __device__ int room_for_panels(int tokens) const {
+    return (plan_.x_bytes / (tokens * kDigits) - 16) / kPanelCodes;
+  }
+
   // The tiles that begin in [begin, end) of the entry.
   __device__ void run_entry(int e, int begin, int end) {
     const int group = e % shared_.routes.groups;
     layer_ = e / shared_.routes.groups;
     entry_ = &entry_at(args_, shared_.routes, e);
-    table_.load(entry_->counts);
     factor_ = make_factor(args_.arena + entry_->v_offset, entry_->counts, args_.in);
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) tokens_.id[i] = shared_.routes.group_token[group][i];
-    // Chunks of panels, all about as large; a group of one token has half the digits.
-    const int planes = tokens_.id[1] < 0 ? kDigits : kColumns;
-    const int room = (plan_.x_bytes / planes - 16) / kPanelCodes;
-    const int chunks = (panels_ + room - 1) / room;
-    chunk_panels_ = (panels_ + chunks - 1) / chunks;
-    const int tile_words = kDownLanes * lane_width() * panels_;
-    const Items tiles(table_.runs_between(0, table_.runs()),
-                      shared_.routes.by_tile ? 1 : tile_words);
-    const int first = tiles.before(begin), last = tiles.before(end);
-    for (int tile = first; tile < last; tile += kDownTiles) {
-      run_batch(tile, min(last, tile + kDownTiles));
+    const Tokens tokens = {shared_.routes.group_token[group][0],
+                           shared_.routes.group_token[group][1]};
+    if (!(tokens == tokens_)) begin_x(tokens);
+    if (!shared_.routes.by_tile) {
+      begin = DownRuns::begin_before(entry_->counts, (begin + panels_ - 1) / panels_);
+      end = DownRuns::begin_before(entry_->counts, (end + panels_ - 1) / panels_);
+    }
+    for (int tile = begin; tile < end; tile += kDownTiles) {
+      run_batch(tile, min(end - tile, kDownTiles));
     }
   }
 
-  __device__ void run_batch(int first_tile, int last_tile) {
-    __syncthreads();  // the sums of the batch before are read
-    zero_words(shared_.sums, (last_tile - first_tile) * kColumns * kDownLanes);
-    fetch_tiles(first_tile, last_tile);
+  __device__ void run_batch(int first_tile, int tiles) {
+    __syncthreads();  // the batch before is stored, and x is measured
+    const int i = threadIdx.x;
+    if (i < kDownTiles) {
+      Run run = {0, 0, 0, 0, 0, 0};
+      if (i < tiles) run = DownRuns::at(entry_->counts, first_tile + i);
+      shared_.tiles[i] = run;
+    }
+    zero_words(shared_.sums, tiles * kColumns * kDownLanes);
+    __syncthreads();
+    fetch_scales(tiles);
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
-      run_chunk(first_tile, last_tile, panel, min(panels_, panel + chunk_panels_));
+      run_chunk(panel, min(panels_, panel + chunk_panels_));
     }
-    store_z(first_tile, last_tile);
+    store_z(tiles);
   }
 
-  // Where the batch's tiles are, and their scales, which arrive together with the first words.
-  __device__ void fetch_tiles(int first_tile, int last_tile) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (int tile = threadIdx.x / 32; first_tile + tile < last_tile; tile += warps) {
-      const DownShape::Run run = table_.at(first_tile + tile);
-      if (lane == 0) shared_.tiles[tile] = run;
-      if (lane < run.lanes()) {
-        copy_async_4(shared_address(&shared_.scales[tile][lane]),
-                     args_.arena + entry_->scale_offset + run.component + lane);
-      }
+  // They arrive together with the first words.
+  __device__ void fetch_scales(int tiles) {
+    for (int i = threadIdx.x; i < tiles * kDownLanes; i += blockDim.x) {
+      const Run& run = shared_.tiles[i / kDownLanes];
+      const int lane = i % kDownLanes;
+      if (lane >= run.lanes) continue;
+      copy_async_4(shared_address(&shared_.scales[i / kDownLanes][lane]),
+                   args_.arena + entry_->scale_offset + run.component + lane);
     }
     commit_copies();
   }
 
-  // Warps have shares of equal cost: they differ in tiles, panels and halves of panels.
-  __device__ DownWalk walk_of_warp(int first_tile, int last_tile, int first_panel,
-                                   int last_panel) const {
-    const int width = last_panel - first_panel, bits = lane_width();
-    const int parts = kPanelBlocks / DownShape::blocks_of(bits);
-    const Items stages(table_.runs_between(first_tile, last_tile) * width * parts,
-                       DownShape::blocks_of(bits) * bits);
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, cost = stages.total_cost();
-    const int first = stages.before(cost * warp / warps);
-    const int last = stages.before(cost * (warp + 1) / warps);
-    DownWalk walk = {{}, first_panel, last_panel, last - first};
-    if (walk.left == 0) return walk;
-    // Item `first`: a part of a panel of a tile of its width.
-    const int lane = stages.lane_of(first), item = first - stages.first_of(lane);
-    const int blocks = DownShape::blocks_of(kMaxBits - lane);
-    const int panel = item * blocks / kPanelBlocks, tile = panel / width;
-    walk.stage.first_block = item * blocks % kPanelBlocks;
-    walk.stage.panel = first_panel + panel - tile * width;
-    walk.stage.run = table_.at(max(first_tile, table_.first_run(lane)) + tile);
-    walk.stage.place(factor_);
-    return walk;
+  // Warps have shares of equal cost: words of (tile, panel), tiles outside.
+  struct Share {
+    int tile, panel, stages;
+  };
+
+  __device__ Share share_of_warp(int width) const {
+    const Run run = shared_.tiles[threadIdx.x % kDownTiles];
+    const int cost = run.lanes * run.bits;  // a panel
+    const int begin = __reduce_add_sync(kWarp, threadIdx.x % 32 == 0 ? run.before : 0);
+    const int total = __reduce_add_sync(kWarp, cost) * width;
+    const int before = (run.before - begin) * width;
+    const auto stage_at = [&](int words, int& panel) {
+      const unsigned begun = __ballot_sync(kWarp, run.bits != 0 && before <= words);
+      int tile = 31 - __clz(begun);
+      const int left = words - __shfl_sync(kWarp, before, tile);
+      const int each = __shfl_sync(kWarp, cost, tile);
+      panel = (left + each - 1) / each;
+      if (panel >= width) panel = 0, ++tile;
+      return tile;
+    };
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int panel, last_panel;
+    const int tile = stage_at(total * warp / warps, panel);
+    const int last = stage_at(total * (warp + 1) / warps, last_panel);
+    return {tile, panel, (last - tile) * width + last_panel - panel};
   }
 
-  __device__ void run_chunk(int first_tile, int last_tile, int first_panel, int last_panel) {
-    DownWalk use = walk_of_warp(first_tile, last_tile, first_panel, last_panel);
+  __device__ void run_chunk(int first_panel, int last_panel) {
+    const Share share = share_of_warp(last_panel - first_panel);
     // Under way while x is prepared.
-    StageStream<DownShape, DownWalk> stream(use, ring_, table_, factor_);
-    load_x(first_panel, last_panel);
-    __syncthreads();
-
-    const int8_t* x = x_planes_ + plane_of_thread(tokens_) * x_plane_bytes(chunk_panels_) -
-                      first_panel * kPanelCodes;
-    int32_t sums[kFieldPairs][4] = {};
-    while (!use.done()) {
-      const uint32_t* stage = stream.next(table_, factor_);
-      const int8_t* digits =
-          x + use.stage.panel * kPanelCodes + use.stage.first_block * kBlockCodes;
-      for_width(use.stage.run.bits,
-                [&](auto bits) { multiply_down<decltype(bits)::value>(stage, digits, sums); });
-      const int tile = use.stage.run.index, bits = use.stage.run.bits;
-      use.next(table_, factor_);
-      if (use.done() || use.stage.run.index != tile) {
-        flush(sums, bits, shared_.sums[tile - first_tile][0]);
-      }
+    DownStream stream(DownWalk(shared_.tiles, factor_, first_panel, last_panel, share.tile,
+                               first_panel + share.panel, share.stages),
+                      factor_, ring_);
+    if (!loaded_) {
+      if (first_panel > 0) __syncthreads();  // the digits of the chunk before are read
+      load_x(first_panel, last_panel);
+      __syncthreads();
+    }
+    const int8_t* x = x_planes_ + plane_of_thread(tokens_) * x_plane_bytes(chunk_panels_);
+    int tile = share.tile, panel = share.panel;
+    for (int left = share.stages; left > 0;) {
+      int stages = min(left, last_panel - first_panel - panel);
+      left -= stages;
+      const int8_t* digits = x + panel * kPanelCodes;
+      int32_t sum[4];
+      for_width(shared_.tiles[tile].bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value;
+        int32_t sums[kFieldPairs][4] = {};
+#pragma unroll 1
+        for (; stages > 0; --stages) {
+          multiply_down<kBits>(stream.next(), digits, sums);
+          digits += kPanelCodes;
+        }
+        join_kinds<kBits>(sums, sum);
+      });
+      put_sums(sum, shared_.sums[tile][0], kDownLanes, threadIdx.x % 32 / 4, 8, tokens_,
+               [](int32_t* where, int32_t value) { atomicAdd(where, value); });
+      ++tile;
+      panel = 0;
     }
     wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
   }
 
-  __device__ void flush(int32_t (&sums)[kFieldPairs][4], int bits, int32_t* tile) const {
-    int32_t sum[4] = {};
+  // --- x
+
+  // A group's tokens, and each warp's part of their largest values. A barrier must follow.
+  __device__ void begin_x(const Tokens& tokens) {
+    tokens_ = tokens;
+    loaded_ = false;
+    // Chunks of panels, all about as large; a group of one token has half the digits.
+    const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
+    const int chunks = (panels_ + room - 1) / room;
+    chunk_panels_ = (panels_ + chunks - 1) / chunks;
+    with_element(args_.element, [&](auto type) {
+      using T = decltype(type);
 #pragma unroll
-    for (int kind = 0; kind < kFieldPairs; ++kind) {
+      for (int i = 0; i < kGroupTokens; ++i) {
+        uint32_t largest = 0;
+        const int64_t begin = threadIdx.x * 8, end = tokens_.id[i] < 0 ? 0 : args_.in;
+        for (int64_t k = begin; k < end; k += blockDim.x * 8) {
+          Eight<T> eight;
+          eight.load(x_row<T>(i), k, args_.in, vector_x<T>());
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum[i] += sums[kind][i] >> sum_shift(bits, kind);
-        sums[kind][i] = 0;
+          for (int j = 0; j < 8; ++j) largest = max(largest, magnitude_bits(eight.value(j)));
+        }
+        put_warp_max(largest, shared_.largest[i]);
       }
-    }
-    put_sums(sum, tile, kDownLanes, threadIdx.x % 32 / 4, 8, tokens_,
-             [](int32_t* where, int32_t value) { atomicAdd(where, value); });
+    });
   }
 
   // The digits of the group's tokens, panels [first, last), in the byte order of fields; zeros
-  // behind the last input. Kept while the group stays.
+  // behind the last input. A barrier must follow.
   __device__ void load_x(int first_panel, int last_panel) {
-    const bool whole = last_panel - first_panel == panels_;
-    if (whole && loaded_ == tokens_) return;
-    if (!(loaded_ == tokens_)) measure_x();
-    loaded_ = tokens_;
+    loaded_ = last_panel - first_panel == panels_;
+    const int plane_words = x_plane_bytes(chunk_panels_) / 4;
+    const int eights = (last_panel - first_panel) * kPanelCodes / 8;
+    with_element(args_.element, [&](auto type) {
+      using T = decltype(type);
 #pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) {
-      if (first_panel == 0) sum_x_[i] = 0;
-      if (tokens_.id[i] < 0) continue;
-      const int64_t row = tokens_.id[i] * args_.x_row_stride;
-      const int plane_bytes = x_plane_bytes(chunk_panels_);
-      int8_t* planes = x_planes_ + i * kDigits * plane_bytes;
-      const int quads = (last_panel - first_panel) * kPanelCodes / kFieldCodes;
-      for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
-        const int64_t k = int64_t{first_panel} * kPanelCodes + quad * kFieldCodes;
-        float values[kFieldCodes];
-        load_four(args_.x, row + k, args_.in - k, vector_x(), args_.element, values);
-        uint32_t digits[kFieldCodes];
-#pragma unroll
-        for (int j = 0; j < kFieldCodes; ++j) {
-          const int number = to_number(values[j], unit_[i]);
-          sum_x_[i] += number;
-          digits[j] = digits_of(number);
+      for (int i = 0; i < kGroupTokens; ++i) {
+        if (tokens_.id[i] < 0) continue;
+        if (first_panel == 0) unit_[i] = unit_for(max_of_warps(shared_.largest[i])), sum_x_[i] = 0;
+        auto* planes = reinterpret_cast<uint32_t*>(x_planes_) + i * kDigits * plane_words;
+        for (int at = threadIdx.x; at < eights; at += blockDim.x) {
+          Eight<T> eight;
+          eight.load(x_row<T>(i), int64_t{first_panel} * kPanelCodes + at * 8, args_.in,
+                     vector_x<T>());
+          store_digits(eight, i, planes + at * 2, plane_words);
         }
-        // A digit of four numbers becomes one word, in the byte order of a field.
-        const uint32_t low = __byte_perm(digits[0], digits[2], 0x5140);
-        const uint32_t high = __byte_perm(digits[1], digits[3], 0x5140);
-        const uint32_t low_top = __byte_perm(digits[0], digits[2], 0x0062);
-        const uint32_t high_top = __byte_perm(digits[1], digits[3], 0x0062);
-        auto* target = reinterpret_cast<uint32_t*>(planes + quad * kFieldCodes);
-        target[0] = __byte_perm(low_top, high_top, 0x5410);
-        target[plane_bytes / 4] = __byte_perm(low, high, 0x7632);
-        target[plane_bytes / 2] = __byte_perm(low, high, 0x5410);
+        put_warp_sum(sum_x_[i], shared_.sum_x[i]);
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) put_warp_sum(sum_x_[i], shared_.sum_x[i]);
+    });
   }
 
+  template <typename T>
+  __device__ __forceinline__ void store_digits(const Eight<T>& eight, int token, uint32_t* planes,
+                                               int plane_words) {
+    uint32_t digit[2][kDigits];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float values[kFieldCodes];
+#pragma unroll
+      for (int k = 0; k < kFieldCodes; ++k) values[k] = eight.value(j * kFieldCodes + k);
+      digits_of_field(values, token == 0 ? unit_[0] : unit_[1], digit[j]);
+    }
+    int sums[kDigits];
+#pragma unroll
+    for (int d = 0; d < kDigits; ++d) {
+      sums[d] = sum_bytes(digit[0][d], sum_bytes(digit[1][d], 0));
+      *reinterpret_cast<uint2*>(planes + d * plane_words) = make_uint2(digit[0][d], digit[1][d]);
+    }
+    (token == 0 ? sum_x_[0] : sum_x_[1]) += join_digits(sums[0], sums[1], sums[2]);
+  }
+
+  template <typename T>
+  __device__ const T* x_row(int token) const {
+    return static_cast<const T*>(args_.x) + tokens_.of(token) * args_.x_row_stride;
+  }
+
+  template <typename T>
   __device__ bool vector_x() const {
-    return reinterpret_cast<uintptr_t>(args_.x) % 16 == 0 && args_.x_row_stride % kFieldCodes == 0;
+    return reinterpret_cast<uintptr_t>(args_.x) % 16 == 0 &&
+           args_.x_row_stride * sizeof(T) % 16 == 0;
   }
 
-  __device__ void measure_x() {
-    uint32_t largest[kGroupTokens] = {};
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) {
-      if (tokens_.id[i] < 0) continue;
-      const int64_t row = tokens_.id[i] * args_.x_row_stride;
-      for (int64_t k = threadIdx.x * kFieldCodes; k < args_.in; k += blockDim.x * kFieldCodes) {
-        float values[kFieldCodes];
-        load_four(args_.x, row + k, args_.in - k, vector_x(), args_.element, values);
-#pragma unroll
-        for (int j = 0; j < kFieldCodes; ++j)
-          largest[i] = max(largest[i], magnitude_bits(values[j]));
-      }
-    }
-    find_units(largest, shared_.largest, unit_);
-  }
+  // --- z
 
-  __device__ void store_z(int first_tile, int last_tile) const {
+  // All positions of the batch's tiles, and zeros in those behind the last component of a width.
+  __device__ void store_z(int tiles) const {
+    constexpr int kRows = up_lanes_of(1);
     auto* z = static_cast<float*>(args_.scratch);
     int64_t sum_x[kGroupTokens];
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) sum_x[i] = sum_of_warps(shared_.sum_x[i]);
-    const int values = (last_tile - first_tile) * kDownLanes;
-    for (int i = threadIdx.x; i < values; i += blockDim.x) {
-      const int tile = i / kDownLanes, row = i % kDownLanes;
-      const DownShape::Run& run = shared_.tiles[tile];
-      if (row >= run.lanes()) continue;
-      const float scale = shared_.scales[tile][row];
+    for (int i = threadIdx.x; i < tiles * kRows; i += blockDim.x) {
+      const int tile = i / kRows, row = i % kRows;
+      const Run& run = shared_.tiles[tile];
+      const int lanes = run.lanes, count = entry_->counts.at[kMaxBits - run.bits];
+      const int rows = run.same > 1 ? lanes : end_of_width(run, count);
+      if (row >= rows) continue;
+      const float scale = row < lanes ? shared_.scales[tile][row] : 0.0f;
+      const int32_t* sums = shared_.sums[tile][0] + (row < lanes ? row : 0);
 #pragma unroll
       for (int token = 0; token < kGroupTokens; ++token) {
         if (tokens_.id[token] < 0) continue;
-        const int64_t codes = read_sum(shared_.sums[tile][0], kDownLanes, row, token);
-        const int64_t levels = 2 * codes - static_cast<int64_t>(max_code(run.bits)) * sum_x[token];
-        z[(layer_ * args_.tokens + tokens_.id[token]) * args_.max_rank + run.component + row] =
-            scale * (static_cast<float>(levels) * unit_[token].unit);
+        const int64_t levels = 2 * read_sum(sums, kDownLanes, 0, token) -
+                               static_cast<int64_t>(max_code(run.bits)) * sum_x[token];
+        const float value = scale * (static_cast<float>(levels) * unit_[token].unit);
+        z[z_row(args_, layer_, tokens_.id[token]) + run.position + row] =
+            row < lanes ? value : 0.0f;
       }
     }
+  }
+
+  // Positions from the first of a width's last run to the end of the padding.
+  __device__ static int end_of_width(const Run& run, int count) {
+    const int before = (count - 1) / DownRuns::lanes_of(run.bits) * DownRuns::lanes_of(run.bits);
+    return padded_count(count, run.bits) - before;
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -284,10 +352,9 @@ class Down {
   int chunk_panels_ = 0;
   int layer_ = 0;
   const Entry* entry_ = nullptr;
-  RunTable<DownShape::Run> table_;
   Factor factor_;
-  Tokens tokens_;
-  Tokens loaded_;                     // whose digits are in shared memory
+  Tokens tokens_ = {-1, -1};
+  bool loaded_ = false;               // whether all their digits are in shared memory
   Unit unit_[kGroupTokens];           // of their x
   int64_t sum_x_[kGroupTokens] = {};  // of the numbers that this thread made
 };
@@ -311,11 +378,12 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   // Room for the digits of two tokens where all warps have their rings besides, of one where that
   // takes no more than half.
   const int one = kDigits * x_plane_bytes(static_cast<int>(panel_count(args.in)));
-  const int most_beside = most_warps(args, kMaxDownWarps);
-  const int beside = bytes - most_beside * kDownRingWords * 4;
+  const int beside = bytes - kMaxDownWarps * kDownRingWords * 4;
   const int most = std::max(beside, std::min(one, bytes / 2));
-  const DownPlan plan = {std::max(std::min(2 * one, most) / 16 * 16, kColumns * x_plane_bytes(1))};
-  const int warps = warps_for(bytes - plan.x_bytes, kDownRingWords, most_beside);
+  const int tokens = args.tokens == 1 ? 1 : kGroupTokens;
+  const DownPlan plan = {
+      std::max(std::min(tokens * one, most) / 16 * 16, kColumns * x_plane_bytes(1))};
+  const int warps = warps_for(bytes - plan.x_bytes, kDownRingWords, kMaxDownWarps);
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
       sizeof(DownShared) + static_cast<size_t>(plan.x_bytes + warps * kDownRingWords * 4)};

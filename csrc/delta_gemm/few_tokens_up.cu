@@ -9,11 +9,11 @@
 namespace adamix {
 namespace {
 
-constexpr int kUpPanels = 4;        // of a batch: 28 KiB of sums
 constexpr int kUpPositions = 2048;  // components whose z is in shared memory at a time
-constexpr int kMaxUpWarps = 12;     // of 168 registers: 64 of them hold sums
-
-constexpr int kUpRingWords = UpShape::kDepth * UpShape::kStageWords;  // a warp
+constexpr int kUpRuns = kUpPositions / 16;
+constexpr int kMaxUpWarps = 12;  // of 168 registers: 64 of them hold sums
+constexpr int kUpDepth = 3;
+constexpr int kUpRingWords = kUpDepth * kUpStageWords;  // a warp
 
 // Rows of a panel in shared memory: thread g holds outputs 32g ..; 9 and 296 keep both the adding
 // and the reading free of bank conflicts.
@@ -22,52 +22,81 @@ constexpr int kUpColumnStride = 296;
 constexpr int kZPlaneBytes = kUpPositions + 16;
 static_assert(kColumns * kUpColumnStride <= kUpRingWords, "a ring has room for a panel's sums");
 
+struct UpPlan {
+  int sum_words;  // for the sums of a batch's panels
+};
+
 struct alignas(16) UpShared {
   SharedRoutes routes;
-  int32_t sums[kUpPanels][kColumns][kUpColumnStride];
+  Run runs[kUpRuns];  // of the chunk
   int8_t z[kColumns][kZPlaneBytes];
-  uint32_t largest[2 * 32];
+  uint32_t largest[kGroupTokens][32];      // of each warp's values
   int64_t level_offset[kGroupTokens][32];  // of each warp's numbers
 };
 
-// A warp's way through its part of (panels of a batch) x (runs of a chunk), in stages.
-struct UpWalk {
-  StageSource<UpShape> stage;
-  int first_run, last_run;
-  int left;  // stages
-
-  __device__ bool done() const { return left == 0; }
-
-  __device__ void next(const RunTable<UpShape::Run>& table, const Factor& factor) {
-    if (--left == 0) return;
-    UpShape::Run& run = stage.run;
-    const bool same_width = !run.last_of_width();
-    if (run.index + 1 == last_run) {
-      ++stage.panel;
-      run = table.at(first_run);
-    } else {
-      if (same_width) {
-        stage.source += UpShape::Run::lanes_of(run.bits) * run.bits * factor.blocks(stage.panel);
-      }
-      run = table.behind(run);
-      if (same_width) return;
-    }
-    stage.place(factor);
+// A warp's way through its part of (panels of a batch) x (runs of a chunk): where a chunk has all
+// runs, words that follow each other.
+class UpWalk {
+ public:
+  __device__ UpWalk(const Run* runs, int run_count, const Factor& factor, int panel, int run,
+                    int stages)
+      : runs_(runs), factor_(factor), run_count_(run_count) {
+    panel_ = panel, run_ = run, left_ = stages;
+    if (left_ > 0) place();
   }
+
+  __device__ bool done() const { return left_ == 0; }
+  __device__ Run run() const { return runs_[run_]; }
+  __device__ int words() const { return words_; }
+  __device__ int panel() const { return panel_; }
+  __device__ const uint32_t* source() const { return source_; }
+
+  __device__ void next() {
+    if (--left_ == 0) return;
+    source_ += words_;
+    ++run_;
+    if (run_ < run_count_ && panel_ < factor_.even_panels) {
+      words_ = runs_[run_].words();
+      return;
+    }
+    if (run_ == run_count_) {
+      run_ = 0;
+      ++panel_;
+    }
+    place();
+  }
+
+ private:
+  __device__ void place() {
+    const Run run = runs_[run_];
+    words_ = run.words();
+    source_ = factor_.at(panel_, run.before);
+  }
+
+  const Run* runs_;
+  const Factor& factor_;
+  const int run_count_;
+  int panel_, run_, left_;
+  int words_;
+  const uint32_t* source_;
 };
+
+using UpStream = StageStream<UpWalk, kUpDepth, kUpStageWords>;
 
 class Up {
  public:
-  __device__ Up(const DeltaGemmCudaArgs& args, UpShared& shared) : args_(args), shared_(shared) {
-    ring_ = reinterpret_cast<uint32_t*>(&shared + 1) + threadIdx.x / 32 * kUpRingWords;
+  __device__ Up(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
+      : args_(args), plan_(plan), shared_(shared) {
+    sums_ = reinterpret_cast<int32_t*>(&shared + 1);
+    auto* rings = reinterpret_cast<uint32_t*>(sums_ + plan.sum_words);
+    ring_ = rings + threadIdx.x / 32 * kUpRingWords;
   }
 
   __device__ void run() {
-    make_groups(args_, shared_.routes);
-    const DeltaLayer* layers = args_.layers;
-    share_out(args_, shared_.routes, [layers](int layer, const Entry& entry) {
+    find_route(args_, shared_.routes, [layers = args_.layers](int layer, const Entry& entry) {
+      if (entry.rank == 0) return Work{0, 0};
       const int panels = static_cast<int>(panel_count(layers[layer].out));
-      return Work{int64_t{panels} * words_of_runs<UpShape::Run>(entry.counts), panels};
+      return Work{panels * int64_t{block_column_words(entry.counts.at)}, panels};
     });
     for_share(args_, shared_.routes,
               [this](int e, int begin, int end) { run_entry(e, begin, end); });
@@ -80,81 +109,118 @@ class Up {
     const int group = e % shared_.routes.groups;
     layer_ = e / shared_.routes.groups;
     entry_ = &entry_at(args_, shared_.routes, e);
-    table_.load(entry_->counts);
     out_ = args_.layers[layer_].out;
     factor_ = make_factor(args_.arena + entry_->u_offset, entry_->counts, out_);
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) tokens_.id[i] = shared_.routes.group_token[group][i];
+    tokens_ = {shared_.routes.group_token[group][0], shared_.routes.group_token[group][1]};
+    panel_words_ = (tokens_.id[1] < 0 ? kDigits : kColumns) * kUpColumnStride;
     have_z_ = false;
-    const int cost = shared_.routes.by_tile ? 1 : words_of_runs<UpShape::Run>(entry_->counts);
-    const int first = (begin + cost - 1) / cost, last = (end + cost - 1) / cost;
-    for (int panel = first; panel < last; panel += kUpPanels) {
-      run_batch(panel, min(last, panel + kUpPanels));
+    if (!shared_.routes.by_tile) {
+      const int cost = static_cast<int>(block_column_words(entry_->counts.at));
+      begin = (begin + cost - 1) / cost;
+      end = (end + cost - 1) / cost;
+    }
+    // Batches of panels, all about as large.
+    const int room = plan_.sum_words / panel_words_, panels = end - begin;
+    const int batches = (panels + room - 1) / room;
+    for (int batch = 0; batch < batches; ++batch) {
+      run_batch(begin + panels * batch / batches, begin + panels * (batch + 1) / batches);
     }
   }
 
   __device__ void run_batch(int first_panel, int last_panel) {
     __syncthreads();  // the sums of the batch before are read
-    const int runs = table_.runs();
-    const int first_end = table_.runs_until(kUpPositions);
+    const int runs = UpRuns::count(entry_->counts);
+    const int first_end = UpRuns::end_until(entry_->counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
     alone_ = last_panel - first_panel == 1 && first_end == runs;
-    if (!alone_) zero_words(shared_.sums, (last_panel - first_panel) * kColumns * kUpColumnStride);
+    if (!alone_) zero_words(sums_, (last_panel - first_panel) * panel_words_);
     for (int first = 0, last = first_end; first < runs;) {
-      run_chunk(first_panel, last_panel, first, last, last - first == runs);
+      if (!have_z_ || first_end < runs) list_runs(first, last);
+      __syncthreads();
+      run_chunk(first_panel, last_panel, first, last);
       first = last;
-      if (first < runs) last = table_.runs_until(table_.at(first).position + kUpPositions);
+      if (first < runs) {
+        const int begin = UpRuns::at(entry_->counts, first).position;
+        last = UpRuns::end_until(entry_->counts, begin + kUpPositions);
+      }
     }
     add_to_y(first_panel, last_panel);
   }
 
-  __device__ UpWalk walk_of_warp(int first_panel, int last_panel, int first_run,
-                                 int last_run) const {
-    const int bits = lane_width();
-    const Items runs(table_.runs_between(first_run, last_run), UpShape::Run::lanes_of(bits) * bits);
-    const int width = last_run - first_run, cost = runs.total_cost();
-    const auto stage_at = [&](int words) {
-      const int panel = words / cost;
-      return panel * width + runs.before(words - panel * cost);
-    };
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int total = cost * (last_panel - first_panel);
-    const int first = stage_at(total * warp / warps), last = stage_at(total * (warp + 1) / warps);
-    UpWalk walk = {{}, first_run, last_run, last - first};
-    if (walk.left == 0) return walk;
-    walk.stage.panel = first_panel + first / width;
-    walk.stage.first_block = 0;
-    walk.stage.run = table_.at(first_run + first % width);
-    walk.stage.place(factor_);
-    return walk;
+  __device__ void list_runs(int first_run, int last_run) {
+    for (int i = threadIdx.x; i < last_run - first_run; i += blockDim.x) {
+      Run run = UpRuns::at(entry_->counts, first_run + i);
+      run.same = static_cast<int16_t>(min(int{run.same}, last_run - first_run - i));
+      shared_.runs[i] = run;
+    }
   }
 
-  __device__ void run_chunk(int first_panel, int last_panel, int first_run, int last_run,
-                            bool all_runs) {
-    UpWalk use = walk_of_warp(first_panel, last_panel, first_run, last_run);
+  // Warps have shares of equal cost: words of (panel, run), panels outside.
+  struct Share {
+    int panel, run, stages;
+  };
+
+  __device__ Share share_of_warp(int panels, int runs) const {
+    const int begin = shared_.runs[0].before, lane = threadIdx.x % 32;
+    const Run last_run = shared_.runs[runs - 1];
+    const int cost = last_run.before + last_run.lanes * last_run.bits - begin;  // a panel
+    const auto stage_at = [&](int64_t words, int& run) {
+      int panel = static_cast<int>(words / cost);
+      const int left = static_cast<int>(words - int64_t{panel} * cost);
+      run = 0;
+      for (int first = 0; first < runs; first += 32) {
+        const bool before = first + lane < runs && shared_.runs[first + lane].before - begin < left;
+        run += __popc(__ballot_sync(kWarp, before));
+      }
+      if (run == runs) run = 0, ++panel;
+      return panel;
+    };
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int64_t total = int64_t{cost} * panels;
+    int run, next_run;
+    const int panel = stage_at(total * warp / warps, run);
+    const int next = stage_at(total * (warp + 1) / warps, next_run);
+    return {panel, run, (next - panel) * runs + next_run - run};
+  }
+
+  __device__ void run_chunk(int first_panel, int last_panel, int first_run, int last_run) {
+    const int runs = last_run - first_run;
+    const Share share = share_of_warp(last_panel - first_panel, runs);
     // Under way while z is prepared, and at first while `down` still runs.
-    StageStream<UpShape, UpWalk> stream(use, ring_, table_, factor_);
+    UpStream stream(
+        UpWalk(shared_.runs, runs, factor_, first_panel + share.panel, share.run, share.stages),
+        factor_, ring_);
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
     prefetch_y(first_panel, last_panel);
-    const int first_position = load_z(first_run, last_run, all_runs);
-    __syncthreads();
+    load_z(first_run, runs);
 
+    const int first_position = shared_.runs[0].position;
     const int8_t* z = shared_.z[plane_of_thread(tokens_)] + threadIdx.x % 4 * 4 - first_position;
     int32_t sum[kBlockFields][2][4] = {};
-    while (!use.done()) {
-      const uint32_t* stage = stream.next(table_, factor_);
-      const int8_t* digits = z + use.stage.run.position;
-      const uint32_t z0 = *reinterpret_cast<const uint32_t*>(digits);
-      const uint32_t z1 = *reinterpret_cast<const uint32_t*>(digits + 16);
-      // Lanes that are not there hold what was there before: any codes, times zeros.
-      for_width(use.stage.run.bits,
-                [&](auto bits) { multiply_up<decltype(bits)::value>(stage, z0, z1, sum); });
-      const int panel = use.stage.panel;
-      use.next(table_, factor_);
-      if (!alone_ && (use.done() || use.stage.panel != panel)) {
-        flush(sum, shared_.sums[panel - first_panel][0],
+    int panel = share.panel, next = share.run;
+    for (int left = share.stages; left > 0;) {
+      const Run run = shared_.runs[next];
+      int stages = min(left, int{run.same});
+      left -= stages;
+      next += stages;
+      const int8_t* digits = z + run.position;
+      for_width(run.bits, [&](auto width) {
+        constexpr int kBits = decltype(width)::value;
+#pragma unroll 1
+        for (; stages > 0; --stages) {
+          const uint32_t* stage = stream.next();
+          // Lanes that are not there hold what was there before: any codes, times zeros.
+          multiply_up<kBits>(stage, *reinterpret_cast<const uint32_t*>(digits),
+                             *reinterpret_cast<const uint32_t*>(digits + 16), sum);
+          digits += UpRuns::lanes_of(kBits);
+        }
+      });
+      if (!alone_ && (left == 0 || next == runs)) {
+        flush(sum, sums_ + panel * panel_words_,
               [](int32_t* where, int32_t value) { atomicAdd(where, value); });
+        next = 0;
+        ++panel;
       }
     }
     if (alone_) {
@@ -181,12 +247,14 @@ class Up {
     }
   }
 
-  // The digits of the group's z, runs [first, last), lane t + 4i of each 16 at byte 4t + i; zeros
-  // where a run is short. Returns the position of the first byte.
-  __device__ int load_z(int first_run, int last_run, bool all_runs) {
-    const UpShape::Run begin = table_.at(first_run);
-    if (all_runs && have_z_) return begin.position;
-    const int bytes = table_.at(last_run - 1).end_position() - begin.position;
+  // The digits of the group's z, of so many runs, lane t + 4i of each 16 at byte 4t + i. Ends with
+  // a barrier.
+  __device__ void load_z(int first_run, int runs) {
+    const bool all_runs = runs == UpRuns::count(entry_->counts);
+    if (all_runs && have_z_) return;
+    const int position = shared_.runs[0].position;
+    const Run last = shared_.runs[runs - 1];
+    const int bytes = last.position + UpRuns::lanes_of(last.bits) - position;
     const auto* z = static_cast<const float*>(args_.scratch);
     if (!have_z_) measure_z(z);
     have_z_ = true;
@@ -194,12 +262,10 @@ class Up {
     for (int i = 0; i < kGroupTokens; ++i) {
       if (first_run == 0) level_offset_[i] = 0;
       if (tokens_.id[i] < 0) continue;
-      const float* row = z + (layer_ * args_.tokens + tokens_.id[i]) * args_.max_rank;
+      const float* row = z + z_row(args_, layer_, tokens_.id[i]) + position;
       for (int at = threadIdx.x; at < bytes; at += blockDim.x) {
-        int bits = 0;
-        const int component = component_at(begin.position + at, bits);
-        const int number = component >= 0 ? to_number(row[component], unit_[i]) : 0;
-        level_offset_[i] += int64_t{number} * static_cast<int>(max_code(bits));
+        const int number = to_number(row[at], unit_[i]);
+        level_offset_[i] += int64_t{number} * width_factor(position + at);
         const uint32_t digits = digits_of(number);
         const int byte = at / 16 * 16 + at % 4 * 4 + at % 16 / 4;
 #pragma unroll
@@ -210,37 +276,37 @@ class Up {
     }
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) put_warp_sum(level_offset_[i], shared_.level_offset[i]);
-    return begin.position;
+    __syncthreads();
   }
 
-  // The component at a position, or -1, and its width.
-  __device__ int component_at(int position, int& bits) const {
-    int component = -1, before = 0;
+  // 2^b - 1 of the width b at a position.
+  __device__ int width_factor(int position) const {
+    int bits = 0;
 #pragma unroll
     for (int i = 0; i < kMaxBits; ++i) {
-      const int lanes = UpShape::Run::lanes_of(kMaxBits - i), count = entry_->counts.at[i];
-      const int padded = (count + lanes - 1) / lanes * lanes;
-      if (position >= 0 && position < padded) {
-        bits = kMaxBits - i;
-        component = position < count ? before + position : -1;
-      }
-      position -= padded;
-      before += count;
+      if (position >= 0) bits = kMaxBits - i;
+      position -= padded_count(entry_->counts.at[i], kMaxBits - i);
     }
-    return component;
+    return (1 << bits) - 1;
   }
 
   __device__ void measure_z(const float* z) {
-    uint32_t largest[kGroupTokens] = {};
+    const Run last = UpRuns::at(entry_->counts, UpRuns::count(entry_->counts) - 1);
+    const int positions = last.position + last.lanes;
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
-      if (tokens_.id[i] < 0) continue;
-      const float* row = z + (layer_ * args_.tokens + tokens_.id[i]) * args_.max_rank;
-      for (int c = threadIdx.x; c < entry_->rank; c += blockDim.x) {
-        largest[i] = max(largest[i], magnitude_bits(row[c]));
+      uint32_t largest = 0;
+      if (tokens_.id[i] >= 0) {
+        const float* row = z + z_row(args_, layer_, tokens_.id[i]);
+        for (int at = threadIdx.x; at < positions; at += blockDim.x) {
+          largest = max(largest, magnitude_bits(row[at]));
+        }
       }
+      put_warp_max(largest, shared_.largest[i]);
     }
-    find_units(largest, shared_.largest, unit_);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(max_of_warps(shared_.largest[i]));
   }
 
   // A line of 128 bytes a thread; one that lies across two is met by its neighbour but for the
@@ -259,11 +325,11 @@ class Up {
   }
 
   __device__ int64_t sum_of(int panel, int row, int token) const {
-    if (!alone_) return read_sum(shared_.sums[panel][0], kUpColumnStride, row, token);
+    if (!alone_) return read_sum(sums_ + panel * panel_words_, kUpColumnStride, row, token);
+    const auto* rings = reinterpret_cast<const int32_t*>(sums_ + plan_.sum_words);
     int64_t sum = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      const auto* sums = reinterpret_cast<const int32_t*>(&shared_ + 1) + warp * kUpRingWords;
-      sum += read_sum(sums, kUpColumnStride, row, token);
+      sum += read_sum(rings + warp * kUpRingWords, kUpColumnStride, row, token);
     }
     return sum;
   }
@@ -291,14 +357,16 @@ class Up {
   }
 
   const DeltaGemmCudaArgs& args_;
+  const UpPlan& plan_;
   UpShared& shared_;
+  int32_t* sums_;   // [panel][column], kUpColumnStride words each
   uint32_t* ring_;  // of the warp
   int layer_ = 0;
   int64_t out_ = 0;
   const Entry* entry_ = nullptr;
-  RunTable<UpShape::Run> table_;
   Factor factor_;
   Tokens tokens_;
+  int panel_words_ = 0;                 // of sums
   Unit unit_[kGroupTokens];             // of z
   int64_t level_offset_[kGroupTokens];  // sum of (2^b - 1) · z of the numbers this thread made
   bool have_z_ = false;                 // its digits, or at least its unit
@@ -307,10 +375,10 @@ class Up {
 };
 
 __global__ void __launch_bounds__(kMaxUpWarps * 32, 1)
-    up_kernel(const __grid_constant__ DeltaGemmCudaArgs args) {
+    up_kernel(const __grid_constant__ DeltaGemmCudaArgs args, const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  Up(args, shared).run();
+  Up(args, plan, shared).run();
 }
 
 }  // namespace
@@ -319,11 +387,14 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   Device device;
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
+  // Of what the rings leave, all is for sums; at least those of one panel.
+  constexpr int kLeastSums = kColumns * kUpColumnStride * 4;
   const int bytes = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
-  const int warps = warps_for(bytes, kUpRingWords, most_warps(args, kMaxUpWarps));
+  const int warps = warps_for(bytes - kLeastSums, kUpRingWords, kMaxUpWarps);
+  const UpPlan plan = {(bytes / 16 * 16 - warps * kUpRingWords * 4) / 4};
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
-                     sizeof(UpShared) + static_cast<size_t>(warps * kUpRingWords * 4)};
-  return launch_overlapped(up_kernel, grid, device, stream, args);
+                     sizeof(UpShared) + static_cast<size_t>(bytes / 16 * 16)};
+  return launch_overlapped(up_kernel, grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

@@ -8,18 +8,9 @@
 // with their four bytes first, a few instructions a word and not a code.
 namespace adamix {
 
-struct UpShape {
-  using Run = LaneRun<32, 16>;  // k of the byte product: all 32, or 16 and nothing
-  static constexpr int kDepth = 3;
-  static constexpr int kStageWords = 32 * 36;
-
-  __device__ static constexpr int blocks_of(int) { return kPanelBlocks; }
-  // From lane to lane of a stage. With 0, 8, 0, 4, 0, 8, 0, 4 words of padding the loads of a warp,
-  // 4 lanes and 8 blocks, are free of bank conflicts, but for two-way ones at 4 and 8 bits.
-  __device__ static constexpr int stride_of(int bits) {
-    return kPanelBlocks * bits + static_cast<int>(0x10201020u >> 4 * (bits - 1) & 15u) * 4;
-  }
-};
+// k of the byte product: all 32, or of wide codes 16 and nothing.
+using UpRuns = Runs<up_lanes_of(1), up_lanes_of(kMaxBits)>;
+constexpr int kUpStageWords = 32 * kPanelBlocks * kNarrowBits;
 
 // Byte `byte` of four words, and so of four lanes, becomes one word.
 __device__ __forceinline__ void transpose(const uint32_t (&word)[4], uint32_t (&byte)[4]) {
@@ -67,7 +58,7 @@ __device__ __forceinline__ void multiply_up(const uint32_t* stage, uint32_t z0, 
   constexpr int kWhole = 8 / kBits;                                   // fields that a word holds
   constexpr int kRest = kBlockFields - kWhole * kBits;                // fields of leftover bits
   constexpr int kLoad = kBits % 4 == 0 ? 4 : kBits % 2 == 0 ? 2 : 1;  // words at a time
-  constexpr int kHalves = UpShape::Run::lanes_of(kBits) / 16;
+  constexpr int kHalves = UpRuns::lanes_of(kBits) / 16;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   uint32_t rest[kRest > 0 ? kRest : 1][2][4] = {};
 #pragma unroll
@@ -76,8 +67,7 @@ __device__ __forceinline__ void multiply_up(const uint32_t* stage, uint32_t z0, 
 #pragma unroll
     for (int lane = 0; lane < 4 * kHalves; ++lane) {
       const int row = lane / 4 * 16 + t + lane % 4 * 4;
-      load_words(stage + row * UpShape::stride_of(kBits) + g * kBits + first,
-                 loaded[lane / 4][lane % 4]);
+      load_words(stage + (row * kPanelBlocks + g) * kBits + first, loaded[lane / 4][lane % 4]);
     }
 #pragma unroll
     for (int j = 0; j < kLoad; ++j) {

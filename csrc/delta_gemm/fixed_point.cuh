@@ -43,8 +43,33 @@ __device__ __forceinline__ int to_number(float value, const Unit& unit) {
 
 // Its digits as signed bytes, the lowest in byte 0: adding 0x80 to every digit carries what is
 // above 127 into the next.
+constexpr uint32_t kDigitBias = 0x808080u;
+
 __device__ __forceinline__ uint32_t digits_of(int number) {
-  return (static_cast<uint32_t>(number) + 0x808080u) ^ 0x808080u;
+  return (static_cast<uint32_t>(number) + kDigitBias) ^ kDigitBias;
+}
+
+// The digits of four adjacent numbers, highest first, a word for each, in the byte order of a
+// field.
+__device__ __forceinline__ void digits_of_field(const float* values, const Unit& unit,
+                                                uint32_t (&digit)[kDigits]) {
+  uint32_t biased[kFieldCodes];
+#pragma unroll
+  for (int i = 0; i < kFieldCodes; ++i) {
+    biased[i] = static_cast<uint32_t>(to_number(values[i], unit)) + kDigitBias;
+  }
+  const uint32_t low = __byte_perm(biased[0], biased[2], 0x5140);
+  const uint32_t high = __byte_perm(biased[1], biased[3], 0x5140);
+  const uint32_t low_top = __byte_perm(biased[0], biased[2], 0x0062);
+  const uint32_t high_top = __byte_perm(biased[1], biased[3], 0x0062);
+  digit[0] = __byte_perm(low_top, high_top, 0x5410) ^ 0x80808080u;
+  digit[1] = __byte_perm(low, high, 0x7632) ^ 0x80808080u;
+  digit[2] = __byte_perm(low, high, 0x5410) ^ 0x80808080u;
+}
+
+// Signed bytes, added up.
+__device__ __forceinline__ int sum_bytes(uint32_t bytes, int sum) {
+  return __dp4a(static_cast<int>(bytes), 0x01010101, sum);
 }
 
 // One number from the sums over its digits.
@@ -52,39 +77,34 @@ __device__ __forceinline__ int64_t join_digits(int high, int middle, int low) {
   return (int64_t{high} << 16) + (int64_t{middle} << 8) + low;
 }
 
-// The units of two vectors of which each thread has seen a part, whose largest magnitude is
-// largest[i]. `shared` holds 2 * 32 values. Ends with a barrier.
-__device__ inline void find_units(uint32_t (&largest)[2], uint32_t* shared, Unit (&units)[2]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int distance = 16; distance > 0; distance /= 2) {
-      largest[i] = max(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
-    }
-    if (lane == 0) shared[i * 32 + warp] = largest[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int other = 0; other < warps; ++other)
-      largest[i] = max(largest[i], shared[i * 32 + other]);
-    units[i] = unit_for(largest[i]);
-  }
-  __syncthreads();
+// --- over the thread block; each of these in two steps, a warp's part and what all parts give, so
+// that a barrier which is there anyway is enough between them
+
+__device__ __forceinline__ void put_warp_max(uint32_t value, uint32_t* warps) {
+  value = __reduce_max_sync(0xffffffffu, value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
 }
 
-// A sum over the thread block in two steps, so that a barrier which is there anyway is enough: the
-// warps' sums, and behind the barrier their sum.
-__device__ inline void put_warp_sum(int64_t value, int64_t* warp_sums) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  }
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+__device__ __forceinline__ uint32_t max_of_warps(const uint32_t* warps) {
+  const uint32_t lane = threadIdx.x % 32;
+  return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? warps[lane] : 0u);
 }
 
-__device__ inline int64_t sum_of_warps(const int64_t* warp_sums) {
+// |value| < 2^42, so that the sum of 32 upper parts fits 32 bits.
+__device__ __forceinline__ int64_t sum_of_warp(int64_t value) {
+  const int upper = __reduce_add_sync(0xffffffffu, static_cast<int>(value >> 16));
+  const int lower = __reduce_add_sync(0xffffffffu, static_cast<int>(value & 0xffff));
+  return (int64_t{upper} << 16) + lower;
+}
+
+__device__ __forceinline__ void put_warp_sum(int64_t value, int64_t* warps) {
+  value = sum_of_warp(value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+}
+
+__device__ __forceinline__ int64_t sum_of_warps(const int64_t* warps) {
   int64_t sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += warp_sums[warp];
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += warps[warp];
   return sum;
 }
 

@@ -7,6 +7,55 @@
 // Packed words -> a tile of 16-bit levels, the second operand of a tile product.
 namespace adamix {
 
+// Consecutive lanes of one width: kNarrow of up to 4 bits, kWide of more, or what is left of the
+// width.
+template <int kNarrow, int kWide = kNarrow>
+struct LaneRun {
+  int index;      // of the runs of the entry
+  int bits;       // 0 behind the last run
+  int first;      // lane, within its width
+  int count;      // lanes of the width
+  int component;  // of the first lane
+  int position;   // of the first lane where every width is padded to whole runs
+  int before;     // words before it for one block of codes
+
+  __device__ static constexpr int lanes_of(int bits) {
+    return bits > kNarrowBits ? kWide : kNarrow;
+  }
+  __device__ static int runs_of(const Counts& counts, int i) {
+    const int lanes = lanes_of(kMaxBits - i);
+    return (counts.at[i] + lanes - 1) / lanes;
+  }
+
+  __device__ void seek(const Counts& counts, int run) {
+    index = run;
+    bits = first = count = component = position = before = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) {
+      const int runs = runs_of(counts, i), lanes = lanes_of(kMaxBits - i);
+      if (bits != 0) continue;
+      if (run < runs) {
+        bits = kMaxBits - i;
+        first = run * lanes;
+        count = counts.at[i];
+        component += first;
+        position += first;
+        before += first * bits;
+      } else {
+        run -= runs;
+        component += counts.at[i];
+        position += runs * lanes;
+        before += counts.at[i] * (kMaxBits - i);
+      }
+    }
+  }
+
+  __device__ bool last_of_width() const { return first + lanes_of(bits) >= count; }
+
+  __device__ int lanes() const { return min(lanes_of(bits), count - first); }
+  __device__ int end_position() const { return position + lanes_of(bits); }
+};
+
 // Components in z's order: widths descending, each padded to an even number, so that two
 // neighbours share a width.
 using Pair = LaneRun<2>;

@@ -82,17 +82,6 @@ __device__ inline void load_slots(const DeltaGemmCudaArgs& args, SharedRoutes& r
 
 // Ends with a barrier.
 __device__ inline void make_groups(const DeltaGemmCudaArgs& args, SharedRoutes& routes) {
-  if (args.tokens == 1 && args.routes.slots != nullptr) {  // so often that it shall be quick
-    if (threadIdx.x == 0) {
-      const int slot = *args.routes.slots;
-      routes.groups = slot >= 0 && slot < args.capacity;
-      routes.group_slot[0] = slot;
-      routes.group_token[0][0] = 0;
-      routes.group_token[0][1] = -1;
-    }
-    __syncthreads();
-    return;
-  }
   load_slots(args, routes);
   __syncthreads();
   const int tokens = static_cast<int>(args.tokens);
@@ -127,18 +116,102 @@ struct Work {
   int tiles;
 };
 
-// work(layer, entry) of every entry, summed up in order, and this thread block's share of it: equal
-// costs, or where there are no more tiles than blocks a tile for each of the first, which are the
-// first to run and, where another kernel waits for room, the last to leave. Ends with a barrier.
+constexpr int kTileShift = 40;  // sums of costs stay below, sums of tiles above
+
+__device__ inline int64_t sum_until_lane(int64_t value, int lanes) {
+  const int lane = threadIdx.x % 32;
+  for (int distance = 1; distance < lanes; distance *= 2) {
+    const int64_t other = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+// This thread block's share: equal costs, or where there are no more tiles than blocks a tile for
+// each of the first, which are the first to run and, where another kernel waits for room, the last
+// to leave. By one warp.
+__device__ inline void take_share(SharedRoutes& routes, int64_t total) {
+  const int64_t tiles = total >> kTileShift, cost = total & ((int64_t{1} << kTileShift) - 1);
+  const int lane = threadIdx.x % 32;
+  routes.by_tile = tiles <= gridDim.x;
+  if (lane < 2) {
+    const int64_t block = blockIdx.x + lane;
+    routes.share[lane] = tiles <= gridDim.x ? min(block, tiles) : cost * block / gridDim.x;
+  }
+}
+
+__device__ inline int64_t end_of(int64_t sum, bool by_tile) {
+  return by_tile ? sum >> kTileShift : sum & ((int64_t{1} << kTileShift) - 1);
+}
+
+// What the first warp finds alone, without a barrier, where there are at most 32 entries: first the
+// slots, then groups and entries, then shares; other work in between hides that memory is far.
+class WarpRoute {
+ public:
+  __device__ static bool fits(const DeltaGemmCudaArgs& args) {
+    return args.routes.slots != nullptr && args.tokens * args.layer_count <= 32;
+  }
+
+  __device__ void read_slots(const DeltaGemmCudaArgs& args) {
+    const int lane = threadIdx.x % 32;
+    slot_ = lane < args.tokens ? args.routes.slots[lane] : -1;
+  }
+
+  __device__ void read_entries(const DeltaGemmCudaArgs& args, SharedRoutes& routes) {
+    const int lane = threadIdx.x % 32;
+    const unsigned below = (1u << lane) - 1u;
+    const bool here = slot_ >= 0 && slot_ < args.capacity;
+    const unsigned same = __match_any_sync(0xffffffffu, slot_);
+    const bool leads = here && __popc(same & below) % kGroupTokens == 0;
+    const unsigned all_leads = __ballot_sync(0xffffffffu, leads);
+    if (leads) {
+      const int group = __popc(all_leads & below);
+      routes.group_slot[group] = slot_;
+      routes.group_token[group][0] = static_cast<short>(lane);
+      routes.group_token[group][1] = static_cast<short>(__ffs(same & ~below & ~(1u << lane)) - 1);
+    }
+    groups_ = __popc(all_leads);
+    routes.groups = groups_;
+    __syncwarp();
+    entries_ = groups_ * args.layer_count;
+    if (lane < entries_) {
+      const int layer = lane / groups_;
+      entry_ = load_entry(args.layers[layer].table, routes.group_slot[lane - layer * groups_],
+                          args.max_rank);
+    }
+  }
+
+  template <typename WorkOf>
+  __device__ void share_out(SharedRoutes& routes, WorkOf work_of) const {
+    const int lane = threadIdx.x % 32;
+    int64_t sum = 0;
+    if (lane < entries_) {
+      if (lane < kKeptEntries) routes.entries[lane] = entry_;
+      const Work work = work_of(lane / groups_, entry_);
+      sum = int64_t{work.tiles} << kTileShift | work.cost;
+    }
+    sum = sum_until_lane(sum, entries_);
+    const int64_t total = __shfl_sync(0xffffffffu, sum, max(entries_, 1) - 1);
+    take_share(routes, total);
+    __syncwarp();
+    if (lane < entries_) routes.end[lane] = end_of(sum, routes.by_tile);
+  }
+
+ private:
+  int slot_ = -1;
+  int groups_ = 0, entries_ = 0;
+  Entry entry_;
+};
+
+// The same for any number of entries, by all threads.
 template <typename WorkOf>
 __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, WorkOf work_of) {
-  constexpr int kTileShift = 40;  // sums of costs stay below, sums of tiles above
   const int entries = args.layer_count * routes.groups;
   for (int e = threadIdx.x; e < entries; e += blockDim.x) {
     const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
     const Entry entry = load_entry(args.layers[layer].table, slot, args.max_rank);
     if (e < kKeptEntries) routes.entries[e] = entry;
-    const Work work = entry.rank > 0 ? work_of(layer, entry) : Work{0, 0};
+    const Work work = work_of(layer, entry);
     routes.end[e] = int64_t{work.tiles} << kTileShift | work.cost;
   }
   __syncthreads();
@@ -146,25 +219,30 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, W
     const int lane = threadIdx.x;
     int64_t total = 0;
     for (int first = 0; first < entries; first += 32) {
-      int64_t sum = first + lane < entries ? routes.end[first + lane] : 0;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
-        if (lane >= distance) sum += other;
-      }
-      if (first + lane < entries) routes.end[first + lane] = total + sum;
-      total += __shfl_sync(0xffffffffu, sum, 31);
+      const int64_t sum =
+          total + sum_until_lane(first + lane < entries ? routes.end[first + lane] : 0, 32);
+      if (first + lane < entries) routes.end[first + lane] = sum;
+      total = __shfl_sync(0xffffffffu, sum, 31);
     }
-    const int64_t tiles = total >> kTileShift, cost = total & ((int64_t{1} << kTileShift) - 1);
-    const bool by_tile = tiles <= gridDim.x;
-    for (int e = lane; e < entries; e += 32) {
-      routes.end[e] =
-          by_tile ? routes.end[e] >> kTileShift : routes.end[e] & ((int64_t{1} << kTileShift) - 1);
+    take_share(routes, total);
+    __syncwarp();
+    for (int e = lane; e < entries; e += 32) routes.end[e] = end_of(routes.end[e], routes.by_tile);
+  }
+}
+
+// Groups, entries and shares; ends with a barrier.
+template <typename WorkOf>
+__device__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes, WorkOf work_of) {
+  if (WarpRoute::fits(args)) {
+    if (threadIdx.x < 32) {
+      WarpRoute route;
+      route.read_slots(args);
+      route.read_entries(args, routes);
+      route.share_out(routes, work_of);
     }
-    if (lane < 2) {
-      const int64_t block = blockIdx.x + lane;
-      routes.share[lane] = by_tile ? min(block, tiles) : cost * block / gridDim.x;
-    }
-    routes.by_tile = by_tile;
+  } else {
+    make_groups(args, routes);
+    share_out(args, routes, work_of);
   }
   __syncthreads();
 }
@@ -186,12 +264,17 @@ __device__ inline const Entry& entry_at(const DeltaGemmCudaArgs& args, SharedRou
 // in tiles or in cost, as share_out has chosen.
 template <typename Body>
 __device__ void for_share(const DeltaGemmCudaArgs& args, const SharedRoutes& routes, Body body) {
-  const int entries = args.layer_count * routes.groups;
+  const int entries = args.layer_count * routes.groups, lane = threadIdx.x % 32;
   const int64_t first = routes.share[0], last = routes.share[1];
-  int64_t begin = 0;
-  for (int e = 0; e < entries && begin < last; ++e) {
+  int e = 0;  // the first entry that ends behind the begin of the share
+  for (unsigned before = ~0u; before == ~0u && e < entries;) {
+    before = __ballot_sync(0xffffffffu, e + lane < entries && routes.end[e + lane] <= first);
+    e += __popc(before);
+  }
+  int64_t begin = e > 0 ? routes.end[e - 1] : 0;
+  for (; e < entries && begin < last; ++e) {
     const int64_t end = routes.end[e];
-    if (end > first && end > begin) {
+    if (end > begin) {
       body(e, static_cast<int>(max(first - begin, int64_t{0})),
            static_cast<int>(min(last, end) - begin));
     }

@@ -46,11 +46,25 @@ __device__ __forceinline__ T from_bits(uint32_t bits) {
   return value;
 }
 
+__device__ __forceinline__ float widen(float value) {
+  return value;
+}
 __device__ __forceinline__ float widen(__half value) {
   return __half2float(value);
 }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) {
   return __bfloat162float(value);
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(float value) {
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return __float2bfloat16_rn(value);
+  }
 }
 
 template <typename T>
@@ -72,31 +86,29 @@ __device__ __forceinline__ void with_element(Element element, Body&& body) {
   }
 }
 
+// Elements i .. i + 7 of `count`, zeros behind them, one by one; rare, so kept out of the loops.
+template <typename T>
+__device__ __noinline__ void load_eight_singly(const T* data, int64_t i, int64_t count, T* eight) {
+#pragma unroll 1
+  for (int j = 0; j < 8; ++j) eight[j] = i + j < count ? data[i + j] : narrow<T>(0.0f);
+}
+
 // Eight adjacent elements as they are: 16 bytes, or 32 of fp32.
 template <typename T>
-struct Eight {
+struct alignas(16) Eight {
   static constexpr int kWords = 8 * sizeof(T) / 4;
   uint32_t words[kWords];
 
-  // Elements i .. of `count`, zeros behind them; vector: whether they may be read 16 bytes at a
-  // time.
+  // vector: whether they may be read 16 bytes at a time.
   __device__ __forceinline__ void load(const T* data, int64_t i, int64_t count, bool vector) {
     if (vector && i + 8 <= count) {
 #pragma unroll
-      for (int j = 0; j < kWords; j += 4) {
-        const uint4 four = *reinterpret_cast<const uint4*>(data + i + j * (8 / kWords));
-        words[j] = four.x, words[j + 1] = four.y, words[j + 2] = four.z, words[j + 3] = four.w;
-      }
-      return;
-    }
+      for (int j = 0; j < kWords; j += 4) set(j, *reinterpret_cast<const uint4*>(data + i + j));
+    } else {
+      Eight<T> singly;
+      load_eight_singly(data, i, count, reinterpret_cast<T*>(&singly));
 #pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      words[j] = 0;
-#pragma unroll
-      for (int k = 0; k < 8 / kWords; ++k) {
-        const int64_t at = i + j * (8 / kWords) + k;
-        if (at < count) words[j] |= raw(data[at]) << 16 * k;
-      }
+      for (int j = 0; j < kWords; j += 4) set(j, reinterpret_cast<const uint4*>(&singly)[j / 4]);
     }
   }
 
@@ -108,14 +120,57 @@ struct Eight {
     }
   }
 
+  // Of the largest in magnitude, as an fp32's; a NaN is above all.
+  __device__ __forceinline__ uint32_t largest_bits() const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(value(i)) & 0x7fffffffu);
+    return largest;
+  }
+
  private:
-  __device__ __forceinline__ static uint32_t raw(T value) {
-    if constexpr (std::is_same_v<T, float>) {
-      return __float_as_uint(value);
+  __device__ __forceinline__ void set(int j, const uint4& four) {
+    words[j] = four.x, words[j + 1] = four.y, words[j + 2] = four.z, words[j + 3] = four.w;
+  }
+};
+
+// Two adjacent elements of y, read, added to and written at once where they are aligned.
+template <typename T>
+class Two {
+ public:
+  __device__ __forceinline__ Two(T* data, int count, bool aligned)
+      : data_(data), second_(count > 1), together_(aligned && count > 1) {
+    if (together_) {
+      const Both both = *reinterpret_cast<const Both*>(data);
+      memcpy(values_, &both, sizeof(both));
     } else {
-      return bits_of(value);
+      values_[0] = data[0];
+      if (second_) values_[1] = data[1];
     }
   }
+
+  __device__ __forceinline__ void add(float first, float second) {
+    values_[0] = narrow<T>(widen(values_[0]) + first);
+    values_[1] = narrow<T>(widen(values_[1]) + second);
+  }
+
+  __device__ __forceinline__ void store() const {
+    if (together_) {
+      Both both;
+      memcpy(&both, values_, sizeof(both));
+      *reinterpret_cast<Both*>(data_) = both;
+    } else {
+      data_[0] = values_[0];
+      if (second_) data_[1] = values_[1];
+    }
+  }
+
+ private:
+  using Both = std::conditional_t<sizeof(T) == 4, uint2, uint32_t>;
+
+  T* data_;
+  bool second_, together_;
+  T values_[2] = {};
 };
 
 // Elements i and i + 1 of `count` of 16 bits, those that are there; aligned: to 4 bytes.

@@ -63,20 +63,10 @@ __device__ inline int plane_of_thread(const Tokens& tokens) {
   return tokens.of(token) < 0 ? 0 : token * kDigits + min(digit, kDigits - 1);
 }
 
-// put(where, sum) for a thread's four sums of a byte product: rows `row` and `row + step` of
-// columns 2t, 2t + 1 of the tile.
-template <typename Put>
-__device__ void put_sums(const int32_t (&sum)[4], int32_t* tile, int column_stride, int row,
-                         int step, const Tokens& tokens, Put put) {
-  const int t = threadIdx.x % 4;
-  if (tokens.of(t / 2) < 0) return;
-  int32_t* first = tile + (t / 2 * kDigits + t % 2 * 2) * column_stride + row;
-  put(first, sum[0]);
-  put(first + step, sum[2]);
-  if (t % 2 == 0) {
-    put(first + column_stride, sum[1]);
-    put(first + column_stride + step, sum[3]);
-  }
+// A thread's sums are of columns 2t and 2t + 1 of the second factor; the last of four is no digit.
+// Where its first one is among the columns of sums.
+__device__ __forceinline__ int first_column(int t) {
+  return t / 2 * kDigits + t % 2 * 2;
 }
 
 __device__ inline int64_t read_sum(const int32_t* tile, int column_stride, int row, int token) {

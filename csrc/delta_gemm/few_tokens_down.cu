@@ -29,54 +29,41 @@ struct alignas(16) DownShared {
   int32_t sums[kDownTiles][kColumns][kDownLanes];
   float scales[kDownTiles][kDownLanes];
   uint32_t largest[kGroupTokens][32];  // of each warp's values
+  Unit units[kGroupTokens];            // of x
   int64_t sum_x[kGroupTokens][32];     // of each warp's numbers
 };
 
 // A warp's way through its part of (tiles of a batch) x (panels of a chunk).
-class DownWalk {
+class DownWalk : public Cursor {
  public:
   __device__ DownWalk(const Run* tiles, const Factor& factor, int first_panel, int last_panel,
                       int tile, int panel, int stages)
-      : tiles_(tiles), factor_(factor), first_panel_(first_panel), last_panel_(last_panel) {
-    tile_ = tile, panel_ = panel, left_ = stages;
-    if (left_ > 0) place();
+      : Cursor(factor, stages),
+        tiles_(tiles),
+        first_panel_(first_panel),
+        last_panel_(last_panel),
+        tile_(tile),
+        panel_(panel) {
+    if (left_ > 0) place(tiles_[tile_], panel_);
   }
 
-  __device__ bool done() const { return left_ == 0; }
-  __device__ Run run() const { return tiles_[tile_]; }
-  __device__ int words() const { return words_; }
-  __device__ int panel() const { return panel_; }
-  __device__ const uint32_t* source() const { return source_; }
-
-  __device__ void next() {
-    --left_;
-    ++panel_;
+  __device__ __forceinline__ void next() {
+    if (--left_ == 0) return;
     source_ += factor_.panel_words;
-    if (left_ == 0 || (panel_ < last_panel_ && panel_ + 1 < factor_.panels)) return;
-    if (panel_ == last_panel_) {
-      panel_ = first_panel_;
-      ++tile_;
-    }
-    place();
+    if (++panel_ < last_panel_ && panel_ < factor_.even_panels) return;
+    if (panel_ == last_panel_) panel_ = first_panel_, ++tile_;
+    place(tiles_[tile_], panel_);
   }
 
  private:
-  __device__ void place() {
-    const Run run = tiles_[tile_];
-    words_ = run.words();
-    source_ = factor_.at(panel_, run.before);
-  }
-
   const Run* tiles_;
-  const Factor& factor_;
   const int first_panel_, last_panel_;
-  int tile_, panel_, left_;
-  int words_;
-  const uint32_t* source_;
+  int tile_, panel_;
 };
 
 using DownStream = StageStream<DownWalk, kDownDepth, kDownStageWords>;
 
+template <typename T>
 class Down {
  public:
   __device__ Down(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
@@ -137,7 +124,7 @@ class Down {
     __syncthreads();  // the batch before is stored, and x is measured
     const int i = threadIdx.x;
     if (i < kDownTiles) {
-      Run run = {0, 0, 0, 0, 0, 0};
+      Run run = {0, 0, 0, 0};
       if (i < tiles) run = DownRuns::at(entry_->counts, first_tile + i);
       shared_.tiles[i] = run;
     }
@@ -155,7 +142,7 @@ class Down {
     for (int i = threadIdx.x; i < tiles * kDownLanes; i += blockDim.x) {
       const Run& run = shared_.tiles[i / kDownLanes];
       const int lane = i % kDownLanes;
-      if (lane >= run.lanes) continue;
+      if (lane >= run.lanes()) continue;
       copy_async_4(shared_address(&shared_.scales[i / kDownLanes][lane]),
                    args_.arena + entry_->scale_offset + run.component + lane);
     }
@@ -169,12 +156,12 @@ class Down {
 
   __device__ Share share_of_warp(int width) const {
     const Run run = shared_.tiles[threadIdx.x % kDownTiles];
-    const int cost = run.lanes * run.bits;  // a panel
+    const int cost = run.block_words();  // a panel
     const int begin = __reduce_add_sync(kWarp, threadIdx.x % 32 == 0 ? run.before : 0);
     const int total = __reduce_add_sync(kWarp, cost) * width;
     const int before = (run.before - begin) * width;
     const auto stage_at = [&](int words, int& panel) {
-      const unsigned begun = __ballot_sync(kWarp, run.bits != 0 && before <= words);
+      const unsigned begun = __ballot_sync(kWarp, cost != 0 && before <= words);
       int tile = 31 - __clz(begun);
       const int left = words - __shfl_sync(kWarp, before, tile);
       const int each = __shfl_sync(kWarp, cost, tile);
@@ -192,9 +179,9 @@ class Down {
   __device__ void run_chunk(int first_panel, int last_panel) {
     const Share share = share_of_warp(last_panel - first_panel);
     // Under way while x is prepared.
-    DownStream stream(DownWalk(shared_.tiles, factor_, first_panel, last_panel, share.tile,
-                               first_panel + share.panel, share.stages),
-                      factor_, ring_);
+    DownStream stream({shared_.tiles, factor_, first_panel, last_panel, share.tile,
+                       first_panel + share.panel, share.stages},
+                      ring_);
     if (!loaded_) {
       if (first_panel > 0) __syncthreads();  // the digits of the chunk before are read
       load_x(first_panel, last_panel);
@@ -207,7 +194,7 @@ class Down {
       left -= stages;
       const int8_t* digits = x + panel * kPanelCodes;
       int32_t sum[4];
-      for_width(shared_.tiles[tile].bits, [&](auto width) {
+      for_width(shared_.tiles[tile].bits(), [&](auto width) {
         constexpr int kBits = decltype(width)::value;
         int32_t sums[kFieldPairs][4] = {};
 #pragma unroll 1
@@ -217,13 +204,24 @@ class Down {
         }
         join_kinds<kBits>(sums, sum);
       });
-      put_sums(sum, shared_.sums[tile][0], kDownLanes, threadIdx.x % 32 / 4, 8, tokens_,
-               [](int32_t* where, int32_t value) { atomicAdd(where, value); });
+      add_sums(sum, shared_.sums[tile]);
       ++tile;
       panel = 0;
     }
     wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
+  }
+
+  // Rows g and g + 8 of a thread's two columns.
+  __device__ void add_sums(const int32_t (&sum)[4], int32_t (*columns)[kDownLanes]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (tokens_.of(t / 2) < 0) return;
+    int32_t* where = &columns[first_column(t)][g];
+    atomicAdd(where, sum[0]);
+    atomicAdd(where + 8, sum[2]);
+    if (t % 2 != 0) return;
+    atomicAdd(where + kDownLanes, sum[1]);
+    atomicAdd(where + kDownLanes + 8, sum[3]);
   }
 
   // --- x
@@ -236,21 +234,17 @@ class Down {
     const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
     const int chunks = (panels_ + room - 1) / room;
     chunk_panels_ = (panels_ + chunks - 1) / chunks;
-    with_element(args_.element, [&](auto type) {
-      using T = decltype(type);
-#pragma unroll
-      for (int i = 0; i < kGroupTokens; ++i) {
-        uint32_t largest = 0;
-        const int64_t begin = threadIdx.x * 8, end = tokens_.id[i] < 0 ? 0 : args_.in;
-        for (int64_t k = begin; k < end; k += blockDim.x * 8) {
-          Eight<T> eight;
-          eight.load(x_row<T>(i), k, args_.in, vector_x<T>());
-#pragma unroll
-          for (int j = 0; j < 8; ++j) largest = max(largest, magnitude_bits(eight.value(j)));
-        }
-        put_warp_max(largest, shared_.largest[i]);
+#pragma unroll 1
+    for (int i = 0; i < kGroupTokens; ++i) {
+      if (tokens_.of(i) < 0) continue;
+      uint32_t largest = 0;
+      for (int64_t k = threadIdx.x * 8; k < args_.in; k += blockDim.x * 8) {
+        Eight<T> eight;
+        eight.load(x_row(i), k, args_.in, vector_x());
+        largest = max(largest, eight.largest_bits());
       }
-    });
+      put_warp_max(largest, shared_.largest[i]);
+    }
   }
 
   // The digits of the group's tokens, panels [first, last), in the byte order of fields; zeros
@@ -259,34 +253,32 @@ class Down {
     loaded_ = last_panel - first_panel == panels_;
     const int plane_words = x_plane_bytes(chunk_panels_) / 4;
     const int eights = (last_panel - first_panel) * kPanelCodes / 8;
-    with_element(args_.element, [&](auto type) {
-      using T = decltype(type);
-#pragma unroll
-      for (int i = 0; i < kGroupTokens; ++i) {
-        if (tokens_.id[i] < 0) continue;
-        if (first_panel == 0) unit_[i] = unit_for(max_of_warps(shared_.largest[i])), sum_x_[i] = 0;
-        auto* planes = reinterpret_cast<uint32_t*>(x_planes_) + i * kDigits * plane_words;
-        for (int at = threadIdx.x; at < eights; at += blockDim.x) {
-          Eight<T> eight;
-          eight.load(x_row<T>(i), int64_t{first_panel} * kPanelCodes + at * 8, args_.in,
-                     vector_x<T>());
-          store_digits(eight, i, planes + at * 2, plane_words);
-        }
-        put_warp_sum(sum_x_[i], shared_.sum_x[i]);
+#pragma unroll 1
+    for (int i = 0; i < kGroupTokens; ++i) {
+      if (tokens_.of(i) < 0) continue;
+      const Unit unit = unit_for(max_of_warps(shared_.largest[i]));
+      if (threadIdx.x == 0) shared_.units[i] = unit;
+      auto* planes = reinterpret_cast<uint32_t*>(x_planes_) + i * kDigits * plane_words;
+      int64_t sum = 0;
+      for (int at = threadIdx.x; at < eights; at += blockDim.x) {
+        Eight<T> eight;
+        eight.load(x_row(i), int64_t{first_panel} * kPanelCodes + at * 8, args_.in, vector_x());
+        sum += store_digits(eight, unit, planes + at * 2, plane_words);
       }
-    });
+      put_warp_sum(sum, shared_.sum_x[i], first_panel > 0);
+    }
   }
 
-  template <typename T>
-  __device__ __forceinline__ void store_digits(const Eight<T>& eight, int token, uint32_t* planes,
-                                               int plane_words) {
+  // Returns the sum of the numbers.
+  __device__ __forceinline__ static int64_t store_digits(const Eight<T>& eight, const Unit& unit,
+                                                         uint32_t* planes, int plane_words) {
     uint32_t digit[2][kDigits];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float values[kFieldCodes];
 #pragma unroll
       for (int k = 0; k < kFieldCodes; ++k) values[k] = eight.value(j * kFieldCodes + k);
-      digits_of_field(values, token == 0 ? unit_[0] : unit_[1], digit[j]);
+      digits_of_field(values, unit, digit[j]);
     }
     int sums[kDigits];
 #pragma unroll
@@ -294,15 +286,13 @@ class Down {
       sums[d] = sum_bytes(digit[0][d], sum_bytes(digit[1][d], 0));
       *reinterpret_cast<uint2*>(planes + d * plane_words) = make_uint2(digit[0][d], digit[1][d]);
     }
-    (token == 0 ? sum_x_[0] : sum_x_[1]) += join_digits(sums[0], sums[1], sums[2]);
+    return join_digits(sums[0], sums[1], sums[2]);
   }
 
-  template <typename T>
   __device__ const T* x_row(int token) const {
     return static_cast<const T*>(args_.x) + tokens_.of(token) * args_.x_row_stride;
   }
 
-  template <typename T>
   __device__ bool vector_x() const {
     return reinterpret_cast<uintptr_t>(args_.x) % 16 == 0 &&
            args_.x_row_stride * sizeof(T) % 16 == 0;
@@ -314,33 +304,33 @@ class Down {
   __device__ void store_z(int tiles) const {
     constexpr int kRows = up_lanes_of(1);
     auto* z = static_cast<float*>(args_.scratch);
-    int64_t sum_x[kGroupTokens];
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) sum_x[i] = sum_of_warps(shared_.sum_x[i]);
-    for (int i = threadIdx.x; i < tiles * kRows; i += blockDim.x) {
-      const int tile = i / kRows, row = i % kRows;
-      const Run& run = shared_.tiles[tile];
-      const int lanes = run.lanes, count = entry_->counts.at[kMaxBits - run.bits];
-      const int rows = run.same > 1 ? lanes : end_of_width(run, count);
-      if (row >= rows) continue;
-      const float scale = row < lanes ? shared_.scales[tile][row] : 0.0f;
-      const int32_t* sums = shared_.sums[tile][0] + (row < lanes ? row : 0);
-#pragma unroll
-      for (int token = 0; token < kGroupTokens; ++token) {
-        if (tokens_.id[token] < 0) continue;
-        const int64_t levels = 2 * read_sum(sums, kDownLanes, 0, token) -
-                               static_cast<int64_t>(max_code(run.bits)) * sum_x[token];
-        const float value = scale * (static_cast<float>(levels) * unit_[token].unit);
-        z[z_row(args_, layer_, tokens_.id[token]) + run.position + row] =
-            row < lanes ? value : 0.0f;
+#pragma unroll 1
+    for (int token = 0; token < kGroupTokens; ++token) {
+      if (tokens_.of(token) < 0) continue;
+      const int64_t sum_x = sum_of_warps(shared_.sum_x[token]);
+      const float unit = shared_.units[token].unit;
+      float* z_of_token = z + z_row(args_, layer_, tokens_.of(token));
+      for (int i = threadIdx.x; i < tiles * kRows; i += blockDim.x) {
+        const int tile = i / kRows, row = i % kRows;
+        const Run run = shared_.tiles[tile];
+        float value = 0.0f;
+        if (row < run.lanes()) {
+          const int64_t levels = 2 * read_sum(shared_.sums[tile][0], kDownLanes, row, token) -
+                                 static_cast<int64_t>((1 << run.bits()) - 1) * sum_x;
+          value = shared_.scales[tile][row] * (static_cast<float>(levels) * unit);
+        } else if (run.same() > 1 ||
+                   row >= end_of_width(run, entry_->counts.at[kMaxBits - run.bits()])) {
+          continue;
+        }
+        z_of_token[run.position + row] = value;
       }
     }
   }
 
   // Positions from the first of a width's last run to the end of the padding.
   __device__ static int end_of_width(const Run& run, int count) {
-    const int before = (count - 1) / DownRuns::lanes_of(run.bits) * DownRuns::lanes_of(run.bits);
-    return padded_count(count, run.bits) - before;
+    const int lanes = DownRuns::lanes_of(run.bits());
+    return padded_count(count, run.bits()) - (count - 1) / lanes * lanes;
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -354,18 +344,17 @@ class Down {
   const Entry* entry_ = nullptr;
   Factor factor_;
   Tokens tokens_ = {-1, -1};
-  bool loaded_ = false;               // whether all their digits are in shared memory
-  Unit unit_[kGroupTokens];           // of their x
-  int64_t sum_x_[kGroupTokens] = {};  // of the numbers that this thread made
+  bool loaded_ = false;  // whether all their digits are in shared memory
 };
 
+template <typename T>
 __global__ void __launch_bounds__(kMaxDownWarps * 32, 1)
     down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                 const __grid_constant__ DownPlan plan) {
   auto& shared = *static_cast<DownShared*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: what it reads early is what came before this kernel
-  Down(args, plan, shared).run();
+  Down<T>(args, plan, shared).run();
 }
 
 }  // namespace
@@ -387,7 +376,10 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
       sizeof(DownShared) + static_cast<size_t>(plan.x_bytes + warps * kDownRingWords * 4)};
-  return launch_overlapped(down_kernel, grid, device, stream, args, plan);
+  const auto kernel = args.element == Element::kFloat  ? down_kernel<float>
+                      : args.element == Element::kHalf ? down_kernel<__half>
+                                                       : down_kernel<__nv_bfloat16>;
+  return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

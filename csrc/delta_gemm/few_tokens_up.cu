@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kUpPositions = 2048;  // components whose z is in shared memory at a time
 constexpr int kUpRuns = kUpPositions / 16;
-constexpr int kMaxUpWarps = 12;  // of 168 registers: 64 of them hold sums
-constexpr int kUpDepth = 3;
+constexpr int kMaxUpWarps = 16;  // of 128 registers: 64 of them hold sums
+constexpr int kUpDepth = 2;
 constexpr int kUpRingWords = kUpDepth * kUpStageWords;  // a warp
 
 // Rows of a panel in shared memory: thread g holds outputs 32g ..; 9 and 296 keep both the adding
@@ -30,55 +30,37 @@ struct alignas(16) UpShared {
   SharedRoutes routes;
   Run runs[kUpRuns];  // of the chunk
   int8_t z[kColumns][kZPlaneBytes];
-  uint32_t largest[kGroupTokens][32];      // of each warp's values
-  int64_t level_offset[kGroupTokens][32];  // of each warp's numbers
+  uint32_t largest[kGroupTokens][32];  // of each warp's values
+  Unit units[kGroupTokens];            // of z
+  // Sum of (2^b - 1) · z of each warp's numbers.
+  int64_t level_offset[kGroupTokens][32];
 };
 
 // A warp's way through its part of (panels of a batch) x (runs of a chunk): where a chunk has all
 // runs, words that follow each other.
-class UpWalk {
+class UpWalk : public Cursor {
  public:
   __device__ UpWalk(const Run* runs, int run_count, const Factor& factor, int panel, int run,
                     int stages)
-      : runs_(runs), factor_(factor), run_count_(run_count) {
-    panel_ = panel, run_ = run, left_ = stages;
-    if (left_ > 0) place();
+      : Cursor(factor, stages), runs_(runs), run_count_(run_count), panel_(panel), run_(run) {
+    if (left_ > 0) place(runs_[run_], panel_);
   }
 
-  __device__ bool done() const { return left_ == 0; }
-  __device__ Run run() const { return runs_[run_]; }
-  __device__ int words() const { return words_; }
-  __device__ int panel() const { return panel_; }
-  __device__ const uint32_t* source() const { return source_; }
-
-  __device__ void next() {
+  __device__ __forceinline__ void next() {
     if (--left_ == 0) return;
-    source_ += words_;
-    ++run_;
-    if (run_ < run_count_ && panel_ < factor_.even_panels) {
-      words_ = runs_[run_].words();
+    if (++run_ < run_count_ && even_) {
+      source_ += block_words_ * kPanelBlocks;
+      set_run(runs_[run_]);
       return;
     }
-    if (run_ == run_count_) {
-      run_ = 0;
-      ++panel_;
-    }
-    place();
+    if (run_ == run_count_) run_ = 0, ++panel_;
+    place(runs_[run_], panel_);
   }
 
  private:
-  __device__ void place() {
-    const Run run = runs_[run_];
-    words_ = run.words();
-    source_ = factor_.at(panel_, run.before);
-  }
-
   const Run* runs_;
-  const Factor& factor_;
   const int run_count_;
-  int panel_, run_, left_;
-  int words_;
-  const uint32_t* source_;
+  int panel_, run_;
 };
 
 using UpStream = StageStream<UpWalk, kUpDepth, kUpStageWords>;
@@ -150,7 +132,7 @@ class Up {
   __device__ void list_runs(int first_run, int last_run) {
     for (int i = threadIdx.x; i < last_run - first_run; i += blockDim.x) {
       Run run = UpRuns::at(entry_->counts, first_run + i);
-      run.same = static_cast<int16_t>(min(int{run.same}, last_run - first_run - i));
+      run.set_shape(run.bits(), run.lanes(), min(run.same(), last_run - first_run - i));
       shared_.runs[i] = run;
     }
   }
@@ -163,10 +145,10 @@ class Up {
   __device__ Share share_of_warp(int panels, int runs) const {
     const int begin = shared_.runs[0].before, lane = threadIdx.x % 32;
     const Run last_run = shared_.runs[runs - 1];
-    const int cost = last_run.before + last_run.lanes * last_run.bits - begin;  // a panel
-    const auto stage_at = [&](int64_t words, int& run) {
-      int panel = static_cast<int>(words / cost);
-      const int left = static_cast<int>(words - int64_t{panel} * cost);
+    const int cost = last_run.before + last_run.block_words() - begin;  // a panel
+    const auto stage_at = [&](int words, int& run) {
+      int panel = words / cost;
+      const int left = words - panel * cost;
       run = 0;
       for (int first = 0; first < runs; first += 32) {
         const bool before = first + lane < runs && shared_.runs[first + lane].before - begin < left;
@@ -176,7 +158,7 @@ class Up {
       return panel;
     };
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t total = int64_t{cost} * panels;
+    const int total = cost * panels;
     int run, next_run;
     const int panel = stage_at(total * warp / warps, run);
     const int next = stage_at(total * (warp + 1) / warps, next_run);
@@ -188,8 +170,7 @@ class Up {
     const Share share = share_of_warp(last_panel - first_panel, runs);
     // Under way while z is prepared, and at first while `down` still runs.
     UpStream stream(
-        UpWalk(shared_.runs, runs, factor_, first_panel + share.panel, share.run, share.stages),
-        factor_, ring_);
+        {shared_.runs, runs, factor_, first_panel + share.panel, share.run, share.stages}, ring_);
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
     prefetch_y(first_panel, last_panel);
@@ -201,11 +182,11 @@ class Up {
     int panel = share.panel, next = share.run;
     for (int left = share.stages; left > 0;) {
       const Run run = shared_.runs[next];
-      int stages = min(left, int{run.same});
+      int stages = min(left, run.same());
       left -= stages;
       next += stages;
       const int8_t* digits = z + run.position;
-      for_width(run.bits, [&](auto width) {
+      for_width(run.bits(), [&](auto width) {
         constexpr int kBits = decltype(width)::value;
 #pragma unroll 1
         for (; stages > 0; --stages) {
@@ -234,16 +215,25 @@ class Up {
   // put(where, sum) for all of a panel's sums, which are zero then.
   template <typename Put>
   __device__ void flush(int32_t (&sum)[kBlockFields][2][4], int32_t* panel, Put put) const {
-    const int g = threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int field = 0; field < kBlockFields; ++field) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = (field * kFieldCodes + 2 * r) * kUpRowStride + g;
-        put_sums(sum[field][r], panel, kUpColumnStride, row, kUpRowStride, tokens_, put);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[field][r][i] = 0;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (tokens_.of(t / 2) >= 0) {
+      int32_t* column = panel + first_column(t) * kUpColumnStride + g;
+      for_rows([&](int row, int field, int r, int i) { put(column + row, sum[field][r][i]); });
+      if (t % 2 == 0) {
+        column += kUpColumnStride;
+        for_rows(
+            [&](int row, int field, int r, int i) { put(column + row, sum[field][r][i + 1]); });
       }
+    }
+    for_rows([&](int, int field, int r, int i) { sum[field][r][i] = sum[field][r][i + 1] = 0; });
+  }
+
+  // body(row of thread g = 0, field, r, i) for the sums [field][r][i] of a thread's first column.
+  template <typename Body>
+  __device__ static void for_rows(Body body) {
+#pragma unroll
+    for (int j = 0; j < kBlockCodes; ++j) {
+      body(j * kUpRowStride, j / kFieldCodes, j % kFieldCodes / 2, j % 2 * 2);
     }
   }
 
@@ -254,18 +244,19 @@ class Up {
     if (all_runs && have_z_) return;
     const int position = shared_.runs[0].position;
     const Run last = shared_.runs[runs - 1];
-    const int bytes = last.position + UpRuns::lanes_of(last.bits) - position;
+    const int bytes = last.position + UpRuns::lanes_of(last.bits()) - position;
     const auto* z = static_cast<const float*>(args_.scratch);
     if (!have_z_) measure_z(z);
     have_z_ = true;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
-      if (first_run == 0) level_offset_[i] = 0;
-      if (tokens_.id[i] < 0) continue;
-      const float* row = z + z_row(args_, layer_, tokens_.id[i]) + position;
+      if (tokens_.of(i) < 0) continue;
+      const Unit unit = shared_.units[i];
+      const float* row = z + z_row(args_, layer_, tokens_.of(i)) + position;
+      int64_t offset = 0;
       for (int at = threadIdx.x; at < bytes; at += blockDim.x) {
-        const int number = to_number(row[at], unit_[i]);
-        level_offset_[i] += int64_t{number} * width_factor(position + at);
+        const int number = to_number(row[at], unit);
+        offset += int64_t{number} * width_factor(position + at);
         const uint32_t digits = digits_of(number);
         const int byte = at / 16 * 16 + at % 4 * 4 + at % 16 / 4;
 #pragma unroll
@@ -273,9 +264,8 @@ class Up {
           shared_.z[i * kDigits + d][byte] = static_cast<int8_t>(digits >> 8 * (kDigits - 1 - d));
         }
       }
+      put_warp_sum(offset, shared_.level_offset[i], first_run > 0);
     }
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) put_warp_sum(level_offset_[i], shared_.level_offset[i]);
     __syncthreads();
   }
 
@@ -292,21 +282,23 @@ class Up {
 
   __device__ void measure_z(const float* z) {
     const Run last = UpRuns::at(entry_->counts, UpRuns::count(entry_->counts) - 1);
-    const int positions = last.position + last.lanes;
-#pragma unroll
+    const int positions = last.position + last.lanes();
+#pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
+      if (tokens_.of(i) < 0) continue;
+      const float* row = z + z_row(args_, layer_, tokens_.of(i));
       uint32_t largest = 0;
-      if (tokens_.id[i] >= 0) {
-        const float* row = z + z_row(args_, layer_, tokens_.id[i]);
-        for (int at = threadIdx.x; at < positions; at += blockDim.x) {
-          largest = max(largest, magnitude_bits(row[at]));
-        }
+      for (int at = threadIdx.x; at < positions; at += blockDim.x) {
+        largest = max(largest, magnitude_bits(row[at]));
       }
       put_warp_max(largest, shared_.largest[i]);
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) unit_[i] = unit_for(max_of_warps(shared_.largest[i]));
+    if (threadIdx.x < 32 * kGroupTokens) {
+      const Unit unit = unit_for(max_of_warps(shared_.largest[threadIdx.x / 32]));
+      if (threadIdx.x % 32 == 0) shared_.units[threadIdx.x / 32] = unit;
+    }
+    __syncthreads();
   }
 
   // A line of 128 bytes a thread; one that lies across two is met by its neighbour but for the
@@ -324,8 +316,11 @@ class Up {
     }
   }
 
-  __device__ int64_t sum_of(int panel, int row, int token) const {
-    if (!alone_) return read_sum(sums_ + panel * panel_words_, kUpColumnStride, row, token);
+  __device__ int64_t sum_of(int i, int token) const {
+    const int row = i % kBlockCodes * kUpRowStride + i % kPanelCodes / kBlockCodes;
+    if (!alone_) {
+      return read_sum(sums_ + i / kPanelCodes * panel_words_, kUpColumnStride, row, token);
+    }
     const auto* rings = reinterpret_cast<const int32_t*>(sums_ + plan_.sum_words);
     int64_t sum = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
@@ -334,26 +329,38 @@ class Up {
     return sum;
   }
 
+  // A thread has two adjacent outputs, or one where that keeps more threads busy.
   __device__ void add_to_y(int first_panel, int last_panel) const {
-    const DeltaLayer& layer = args_.layers[layer_];
-    int64_t offset[kGroupTokens];
-#pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) offset[i] = sum_of_warps(shared_.level_offset[i]);
-    const int values = (last_panel - first_panel) * kPanelCodes;
-    for (int i = threadIdx.x; i < values; i += blockDim.x) {
-      const int panel = i / kPanelCodes, code = i % kBlockCodes, g = i % kPanelCodes / kBlockCodes;
-      const int64_t o = int64_t{first_panel} * kPanelCodes + i;
-      if (o >= out_) continue;
-#pragma unroll
+    with_element(args_.element, [&](auto type) {
+      using T = decltype(type);
+      const DeltaLayer& layer = args_.layers[layer_];
+      const bool aligned = reinterpret_cast<uintptr_t>(layer.y) % (2 * sizeof(T)) == 0 &&
+                           layer.y_row_stride % 2 == 0;
+      const int64_t first = int64_t{first_panel} * kPanelCodes;
+      const int outputs = static_cast<int>(min(out_, int64_t{last_panel} * kPanelCodes) - first);
+#pragma unroll 1
       for (int token = 0; token < kGroupTokens; ++token) {
-        if (tokens_.id[token] < 0) continue;
-        const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
-        const float y = load_element(layer.y, at, args_.element);
-        const int64_t levels = 2 * sum_of(panel, code * kUpRowStride + g, token) - offset[token];
-        store_element(layer.y, at, args_.element,
-                      y + static_cast<float>(levels) * unit_[token].unit);
+        if (tokens_.of(token) < 0) continue;
+        T* y = static_cast<T*>(layer.y) + tokens_.of(token) * layer.y_row_stride + first;
+        const int64_t offset = sum_of_warps(shared_.level_offset[token]);
+        const float unit = shared_.units[token].unit;
+        const auto delta = [&](int i) {
+          return static_cast<float>(2 * sum_of(i, token) - offset) * unit;
+        };
+        if (alone_) {
+          for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+            y[i] = narrow<T>(widen(y[i]) + delta(i));
+          }
+          continue;
+        }
+#pragma unroll 2
+        for (int i = threadIdx.x * 2; i < outputs; i += blockDim.x * 2) {
+          Two<T> two(y + i, outputs - i, aligned);
+          two.add(delta(i), delta(i + 1));
+          two.store();
+        }
       }
-    }
+    });
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -366,10 +373,8 @@ class Up {
   const Entry* entry_ = nullptr;
   Factor factor_;
   Tokens tokens_;
-  int panel_words_ = 0;                 // of sums
-  Unit unit_[kGroupTokens];             // of z
-  int64_t level_offset_[kGroupTokens];  // sum of (2^b - 1) · z of the numbers this thread made
-  bool have_z_ = false;                 // its digits, or at least its unit
+  int panel_words_ = 0;  // of sums
+  bool have_z_ = false;  // its digits, or at least its unit
   bool alone_ = false;
   bool waited_ = false;
 };

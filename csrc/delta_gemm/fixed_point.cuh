@@ -97,9 +97,12 @@ __device__ __forceinline__ int64_t sum_of_warp(int64_t value) {
   return (int64_t{upper} << 16) + lower;
 }
 
-__device__ __forceinline__ void put_warp_sum(int64_t value, int64_t* warps) {
+// On top of what is there, or not.
+__device__ __forceinline__ void put_warp_sum(int64_t value, int64_t* warps, bool on_top) {
   value = sum_of_warp(value);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  if (threadIdx.x % 32 != 0) return;
+  warps += threadIdx.x / 32;
+  *warps = on_top ? *warps + value : value;
 }
 
 __device__ __forceinline__ int64_t sum_of_warps(const int64_t* warps) {

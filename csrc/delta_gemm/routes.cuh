@@ -140,6 +140,37 @@ __device__ inline void take_share(SharedRoutes& routes, int64_t total) {
   }
 }
 
+// What a second entry costs a thread block beside its words, in words: x or z is prepared again,
+// and the pipeline runs empty and fills.
+constexpr float kVisitCost = 16384.0f;
+
+// The share where no block has parts of two entries, if that is better: for each entry as many
+// blocks as its cost asks for, some blocks perhaps idle. Lane e has the cost of entry e and of all
+// up to it. By one warp.
+__device__ inline void take_whole_share(SharedRoutes& routes, int64_t cost, int64_t end,
+                                        int64_t total) {
+  const float each = static_cast<float>(total) / static_cast<float>(gridDim.x);
+  const int blocks = cost == 0 ? 0 : max(1, static_cast<int>(static_cast<float>(cost) / each));
+  const float part = cost == 0 ? 0.0f : static_cast<float>(cost) / static_cast<float>(blocks);
+  const float largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(part)));
+  const int last = static_cast<int>(sum_until_lane(blocks, 32));
+  if (largest > each + kVisitCost ||
+      __shfl_sync(0xffffffffu, last, 31) > static_cast<int>(gridDim.x)) {
+    return;
+  }
+  const int block = static_cast<int>(blockIdx.x);
+  const int e = __ffs(__ballot_sync(0xffffffffu, last > block)) - 1;
+  const int64_t entry_cost = __shfl_sync(0xffffffffu, cost, max(e, 0));
+  const int64_t entry_end = __shfl_sync(0xffffffffu, end, max(e, 0));
+  const int of = __shfl_sync(0xffffffffu, blocks, max(e, 0));
+  const int before = __shfl_sync(0xffffffffu, last, max(e, 0)) - of;
+  const int lane = threadIdx.x % 32;
+  if (lane < 2) {
+    routes.share[lane] =
+        e < 0 ? total : entry_end - entry_cost + entry_cost * (block - before + lane) / of;
+  }
+}
+
 __device__ inline int64_t end_of(int64_t sum, bool by_tile) {
   return by_tile ? sum >> kTileShift : sum & ((int64_t{1} << kTileShift) - 1);
 }
@@ -184,17 +215,21 @@ class WarpRoute {
   template <typename WorkOf>
   __device__ void share_out(SharedRoutes& routes, WorkOf work_of) const {
     const int lane = threadIdx.x % 32;
-    int64_t sum = 0;
+    int64_t sum = 0, cost = 0;
     if (lane < entries_) {
       if (lane < kKeptEntries) routes.entries[lane] = entry_;
       const Work work = work_of(lane / groups_, entry_);
-      sum = int64_t{work.tiles} << kTileShift | work.cost;
+      cost = work.cost;
+      sum = int64_t{work.tiles} << kTileShift | cost;
     }
     sum = sum_until_lane(sum, entries_);
     const int64_t total = __shfl_sync(0xffffffffu, sum, max(entries_, 1) - 1);
     take_share(routes, total);
     __syncwarp();
-    if (lane < entries_) routes.end[lane] = end_of(sum, routes.by_tile);
+    const bool by_tile = routes.by_tile;
+    const int64_t end = end_of(sum, by_tile);
+    if (lane < entries_) routes.end[lane] = end;
+    if (!by_tile) take_whole_share(routes, cost, end, end_of(total, false));
   }
 
  private:
@@ -230,19 +265,24 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, W
   }
 }
 
+template <typename WorkOf>
+__device__ __noinline__ void find_long_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
+                                             WorkOf work_of) {
+  make_groups(args, routes);
+  share_out(args, routes, work_of);
+}
+
 // Groups, entries and shares; ends with a barrier.
 template <typename WorkOf>
-__device__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes, WorkOf work_of) {
-  if (WarpRoute::fits(args)) {
-    if (threadIdx.x < 32) {
-      WarpRoute route;
-      route.read_slots(args);
-      route.read_entries(args, routes);
-      route.share_out(routes, work_of);
-    }
-  } else {
-    make_groups(args, routes);
-    share_out(args, routes, work_of);
+__device__ __forceinline__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
+                                           WorkOf work_of) {
+  if (!WarpRoute::fits(args)) {
+    find_long_route(args, routes, work_of);
+  } else if (threadIdx.x < 32) {
+    WarpRoute route;
+    route.read_slots(args);
+    route.read_entries(args, routes);
+    route.share_out(routes, work_of);
   }
   __syncthreads();
 }

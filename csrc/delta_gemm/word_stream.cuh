@@ -44,15 +44,19 @@ constexpr int kMaxPadding = 192;  // of z: less than a run for every width
 
 // Consecutive lanes of one width, 16 bytes in shared memory.
 struct Run {
-  int8_t bits;
-  int8_t lanes;
-  int16_t same;   // runs of its width from this one on
-  int before;     // words before it for one block of codes
-  int component;  // of the first lane
-  int position;   // of the first lane in z
+  uint32_t shape;  // bits, lanes, runs of its width from this one on: 8, 8 and 16 bits
+  int before;      // words before it for one block of codes
+  int component;   // of the first lane
+  int position;    // of the first lane in z
 
-  // Words of a stage where panels are whole.
-  __device__ int words() const { return lanes * bits * kPanelBlocks; }
+  __device__ void set_shape(int bits, int lanes, int same) {
+    shape = static_cast<uint32_t>(bits | lanes << 8 | same << 16);
+  }
+  __device__ int bits() const { return static_cast<int>(shape & 0xffu); }
+  __device__ int lanes() const { return static_cast<int>(shape >> 8 & 0xffu); }
+  __device__ int same() const { return static_cast<int>(shape >> 16); }
+  // Words for one block of codes.
+  __device__ int block_words() const { return lanes() * bits(); }
 };
 
 // How the lanes of an entry are cut into runs: kNarrow lanes of up to 4 bits, kWide of more, or
@@ -71,16 +75,14 @@ struct Runs {
   }
 
   __device__ static Run at(const Counts& counts, int run) {
-    Run found = {0, 0, 0, 0, 0, 0};
+    Run found = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < kMaxBits; ++i) {
       const int bits = kMaxBits - i, lanes = lanes_of(bits), runs = of_width(counts, i);
-      if (found.bits != 0) continue;
+      if (found.shape != 0) continue;
       if (run < runs) {
         const int first = run * lanes;
-        found.bits = static_cast<int8_t>(bits);
-        found.lanes = static_cast<int8_t>(min(lanes, counts.at[i] - first));
-        found.same = static_cast<int16_t>(runs - run);
+        found.set_shape(bits, min(lanes, counts.at[i] - first), runs - run);
         found.before += first * bits;
         found.component += first;
         found.position += first;
@@ -148,30 +150,72 @@ __device__ inline Factor make_factor(const uint32_t* words, const Counts& counts
 }
 
 // A panel that is narrower or not aligned, word by word; every lane where it is in a whole stage.
-__device__ __noinline__ inline void copy_uneven_stage(const Run& run, const uint32_t* source,
-                                               int panel_blocks, uint32_t target) {
-  const int row_words = panel_blocks * run.bits, stride = kPanelBlocks * run.bits;
-  for (int i = threadIdx.x % 32; i < run.lanes * row_words; i += 32) {
+// Rare, so it is kept out of the loops.
+__device__ __noinline__ inline void copy_uneven_stage(uint32_t shape, const uint32_t* source,
+                                                      int panel_blocks, uint32_t target) {
+  const Run run = {shape, 0, 0, 0};
+  const int row_words = panel_blocks * run.bits(), stride = kPanelBlocks * run.bits();
+  for (int i = threadIdx.x % 32; i < run.lanes() * row_words; i += 32) {
     copy_async_4(target + (i / row_words * stride + i % row_words) * 4, source + i);
   }
 }
 
-// The stages of one warp, in the order of `walk`:
-//
-//   bool done(); Run run(); int panel(); const uint32_t* source(); void next();
+// Where a warp is in a factor: the next stage to copy. What comes after it is up to the kernel.
+class Cursor {
+ public:
+  __device__ Cursor(const Factor& factor, int stages) : factor_(factor), left_(stages) {}
+
+  __device__ bool done() const { return left_ == 0; }
+
+  __device__ void place(const Run& run, int panel) {
+    const int lane = threadIdx.x % 32;
+    set_run(run);
+    even_ = panel < factor_.even_panels;
+    panel_blocks_ = factor_.blocks(panel);
+    source_ = factor_.at(panel, run.before) + (even_ ? lane * 4 : 0);
+  }
+
+  __device__ void set_run(const Run& run) {
+    shape_ = run.shape;
+    block_words_ = run.block_words();
+  }
+
+  template <int kStageWords>
+  __device__ __forceinline__ void copy(uint32_t target) const {
+    if (!even_) return copy_uneven_stage(shape_, source_, panel_blocks_, target);
+    const int lane = threadIdx.x % 32, pieces = block_words_ * (kPanelBlocks / 4) - lane;
+    target += lane * 16;
+#pragma unroll
+    for (int i = 0; i < kStageWords / 128; ++i) {
+      if (i * 32 < pieces) copy_async_16(target + i * 512, source_ + i * 128);
+    }
+  }
+
+ protected:
+  const Factor& factor_;
+  int left_;  // stages
+  const uint32_t* source_;
+  int block_words_;
+  int panel_blocks_;
+  bool even_;  // whether the panel can be copied 16 bytes at a time
+
+ private:
+  uint32_t shape_;
+};
+
+// The stages of one warp, in the order in which `Walk`, a Cursor, goes from one to the next().
 template <typename Walk, int kDepth, int kStageWords>
 class StageStream {
  public:
   static constexpr int kRingWords = kDepth * kStageWords;
 
-  __device__ StageStream(const Walk& walk, const Factor& factor, uint32_t* ring)
-      : ahead_(walk), factor_(factor), ring_(ring) {
+  __device__ StageStream(const Walk& walk, const uint32_t* ring) : ahead_(walk), ring_(ring) {
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) fill(i);
   }
 
   // The next stage, which stays until the call after.
-  __device__ const uint32_t* next() {
+  __device__ __forceinline__ const uint32_t* next() {
     wait_copies<kDepth - 2>();
     __syncwarp();  // all have what they copied, and are done with the stage before
     const uint32_t* stage = ring_ + slot_ * kStageWords;
@@ -181,27 +225,16 @@ class StageStream {
   }
 
  private:
-  __device__ void fill(int slot) {
+  __device__ __forceinline__ void fill(int slot) {
     if (!ahead_.done()) {
-      const uint32_t target = shared_address(ring_ + slot * kStageWords);
-      if (ahead_.panel() < factor_.even_panels) {
-        const int lane = threadIdx.x % 32, left = ahead_.words() / 4 - lane;
-        const uint32_t* source = ahead_.source() + lane * 4;
-#pragma unroll
-        for (int i = 0; i < kStageWords / 128; ++i) {
-          if (i * 32 < left) copy_async_16(target + lane * 16 + i * 512, source + i * 128);
-        }
-      } else {
-        copy_uneven_stage(ahead_.run(), ahead_.source(), factor_.blocks(ahead_.panel()), target);
-      }
+      ahead_.template copy<kStageWords>(shared_address(ring_) + slot * kStageWords * 4);
       ahead_.next();
     }
     commit_copies();
   }
 
   Walk ahead_;
-  const Factor& factor_;
-  uint32_t* const ring_;
+  const uint32_t* const ring_;
   int slot_ = 0;
 };
 

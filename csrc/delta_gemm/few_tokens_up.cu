@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kUpPositions = 2048;  // components whose z is in shared memory at a time
 constexpr int kUpRuns = kUpPositions / 16;
-constexpr int kMaxUpWarps = 16;  // of 128 registers: 64 of them hold sums
-constexpr int kUpDepth = 2;
+constexpr int kMaxUpWarps = 12;  // of 168 registers: 64 of them hold sums
+constexpr int kUpDepth = 3;
 constexpr int kUpRingWords = kUpDepth * kUpStageWords;  // a warp
 
 // Rows of a panel in shared memory: thread g holds outputs 32g ..; 9 and 296 keep both the adding

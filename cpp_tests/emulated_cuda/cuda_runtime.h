@@ -204,6 +204,10 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
       });
 }
 
+inline bool __all_sync(unsigned mask, bool predicate) {
+  return __ballot_sync(mask, predicate) == ~0u;
+}
+
 inline unsigned __match_any_sync(unsigned, int value) {
   return emulator::Block::current().together<unsigned>(
       "__match_any_sync", value, [](const auto& ins, const auto& outs) {

@@ -15,6 +15,24 @@ constexpr int kMaxDownWarps = 16;
 constexpr int kDownDepth = 4;
 constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
 
+// See routes.cuh.
+struct DownTiles {
+  int panels;
+
+  __device__ int tiles(int, const Entry& entry) const { return DownRuns::count(entry.counts); }
+  __device__ int64_t words(int, const Entry& entry) const {
+    return int64_t{panels} * block_column_words(entry.counts.at) * kPanelBlocks;
+  }
+  __device__ int tile_at(int, const Entry& entry, int part, int parts) const {
+    const int words = static_cast<int>(block_column_words(entry.counts.at));
+    return DownRuns::begin_before(entry.counts, words * part / parts);
+  }
+  __device__ int tile_from(int, const Entry& entry, int64_t words) const {
+    const int each = panels * kPanelBlocks;
+    return DownRuns::begin_before(entry.counts, static_cast<int>((words + each - 1) / each));
+  }
+};
+
 struct DownPlan {
   int x_bytes;  // for the digits of x, as many panels at a time as there is room for
 };
@@ -74,26 +92,22 @@ class Down {
   }
 
   __device__ void run() {
-    const auto work_of = [panels = panels_](int, const Entry& entry) {
-      if (entry.rank == 0) return Work{0, 0};
-      return Work{panels * block_column_words(entry.counts.at), DownRuns::count(entry.counts)};
-    };
-    if (args_.tokens == 1 && WarpRoute::fits(args_) && room_for_panels(1) >= panels_) {
-      // x does not wait for the route: it is of this token or of none.
+    const DownTiles cut = {panels_};
+    // x does not wait for the route of a token alone: it is of this token or of none.
+    if (args_.tokens == 1 && WarpRoute::fits(args_)) {
       WarpRoute route;
       const bool routes = threadIdx.x < 32;
       if (routes) route.read_slots(args_);
-      begin_x(Tokens{0, -1});
       if (routes) route.read_entries(args_, shared_.routes);
-      __syncthreads();
-      load_x(0, panels_);
-      if (routes) route.share_out(shared_.routes, work_of);
-      __syncthreads();
+      begin_x(Tokens{0, -1});
+      __syncwarp();
+      if (routes) route.take_part(shared_.routes, cut);
     } else {
-      find_route(args_, shared_.routes, work_of);
+      find_route(args_, shared_.routes, cut);
     }
-    for_share(args_, shared_.routes,
-              [this](int e, int begin, int end) { run_entry(e, begin, end); });
+    __syncthreads();
+    for_parts(args_, shared_.routes, cut,
+              [this](const Part& part, const Entry& entry) { run_part(part, entry); });
   }
 
  private:
@@ -102,26 +116,21 @@ class Down {
     return (plan_.x_bytes / (tokens * kDigits) - 16) / kPanelCodes;
   }
 
-  // The tiles that begin in [begin, end) of the entry.
-  __device__ void run_entry(int e, int begin, int end) {
-    const int group = e % shared_.routes.groups;
-    layer_ = e / shared_.routes.groups;
-    entry_ = &entry_at(args_, shared_.routes, e);
-    factor_ = make_factor(args_.arena + entry_->v_offset, entry_->counts, args_.in);
+  __device__ void run_part(const Part& part, const Entry& entry) {
+    const int layer = part.entry / shared_.routes.groups;
+    const int group = part.entry - layer * shared_.routes.groups;
+    layer_ = layer;
+    entry_ = &entry;
+    factor_ = make_factor(args_.arena + entry.v_offset, entry.counts, args_.in);
     const Tokens tokens = {shared_.routes.group_token[group][0],
                            shared_.routes.group_token[group][1]};
     if (!(tokens == tokens_)) begin_x(tokens);
-    if (!shared_.routes.by_tile) {
-      begin = DownRuns::begin_before(entry_->counts, (begin + panels_ - 1) / panels_);
-      end = DownRuns::begin_before(entry_->counts, (end + panels_ - 1) / panels_);
-    }
-    for (int tile = begin; tile < end; tile += kDownTiles) {
-      run_batch(tile, min(end - tile, kDownTiles));
+    for (int tile = part.begin; tile < part.end; tile += kDownTiles) {
+      run_batch(tile, min(part.end - tile, kDownTiles));
     }
   }
 
   __device__ void run_batch(int first_tile, int tiles) {
-    __syncthreads();  // the batch before is stored, and x is measured
     const int i = threadIdx.x;
     if (i < kDownTiles) {
       Run run = {0, 0, 0, 0};
@@ -129,12 +138,12 @@ class Down {
       shared_.tiles[i] = run;
     }
     zero_words(shared_.sums, tiles * kColumns * kDownLanes);
-    __syncthreads();
-    fetch_scales(tiles);
+    __syncthreads();  // x is measured, too
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
-      run_chunk(panel, min(panels_, panel + chunk_panels_));
+      run_chunk(panel, min(panels_, panel + chunk_panels_), tiles);
     }
     store_z(tiles);
+    __syncthreads();  // tiles and sums are read
   }
 
   // They arrive together with the first words.
@@ -176,17 +185,17 @@ class Down {
     return {tile, panel, (last - tile) * width + last_panel - panel};
   }
 
-  __device__ void run_chunk(int first_panel, int last_panel) {
+  __device__ void run_chunk(int first_panel, int last_panel, int tiles) {
+    if (!loaded_) {
+      if (first_panel > 0) __syncthreads();  // the digits of the chunk before are read
+      load_x(first_panel, last_panel);       // before words are in its way
+    }
+    if (first_panel == 0) fetch_scales(tiles);
     const Share share = share_of_warp(last_panel - first_panel);
-    // Under way while x is prepared.
     DownStream stream({shared_.tiles, factor_, first_panel, last_panel, share.tile,
                        first_panel + share.panel, share.stages},
                       ring_);
-    if (!loaded_) {
-      if (first_panel > 0) __syncthreads();  // the digits of the chunk before are read
-      load_x(first_panel, last_panel);
-      __syncthreads();
-    }
+    __syncthreads();
     const int8_t* x = x_planes_ + plane_of_thread(tokens_) * x_plane_bytes(chunk_panels_);
     int tile = share.tile, panel = share.panel;
     for (int left = share.stages; left > 0;) {

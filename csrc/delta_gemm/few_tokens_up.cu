@@ -22,6 +22,25 @@ constexpr int kUpColumnStride = 296;
 constexpr int kZPlaneBytes = kUpPositions + 16;
 static_assert(kColumns * kUpColumnStride <= kUpRingWords, "a ring has room for a panel's sums");
 
+// See routes.cuh.
+struct UpTiles {
+  const DeltaLayer* layers;
+
+  __device__ int tiles(int layer, const Entry&) const {
+    return static_cast<int>(panel_count(layers[layer].out));
+  }
+  __device__ int64_t words(int layer, const Entry& entry) const {
+    return tiles(layer, entry) * block_column_words(entry.counts.at) * kPanelBlocks;
+  }
+  __device__ int tile_at(int layer, const Entry& entry, int part, int parts) const {
+    return tiles(layer, entry) * part / parts;
+  }
+  __device__ int tile_from(int, const Entry& entry, int64_t words) const {
+    const int64_t each = block_column_words(entry.counts.at) * kPanelBlocks;
+    return static_cast<int>((words + each - 1) / each);
+  }
+};
+
 struct UpPlan {
   int sum_words;  // for the sums of a batch's panels
 };
@@ -30,6 +49,7 @@ struct alignas(16) UpShared {
   SharedRoutes routes;
   Run runs[kUpRuns];  // of the chunk
   int8_t z[kColumns][kZPlaneBytes];
+  uint8_t top_codes[kUpRuns];          // the largest code of the width of 16 positions
   uint32_t largest[kGroupTokens][32];  // of each warp's values
   Unit units[kGroupTokens];            // of z
   // Sum of (2^b - 1) · z of each warp's numbers.
@@ -75,37 +95,30 @@ class Up {
   }
 
   __device__ void run() {
-    find_route(args_, shared_.routes, [layers = args_.layers](int layer, const Entry& entry) {
-      if (entry.rank == 0) return Work{0, 0};
-      const int panels = static_cast<int>(panel_count(layers[layer].out));
-      return Work{panels * int64_t{block_column_words(entry.counts.at)}, panels};
-    });
-    for_share(args_, shared_.routes,
-              [this](int e, int begin, int end) { run_entry(e, begin, end); });
+    const UpTiles cut = {args_.layers};
+    find_route(args_, shared_.routes, cut);
+    __syncthreads();
+    for_parts(args_, shared_.routes, cut,
+              [this](const Part& part, const Entry& entry) { run_part(part, entry); });
     if (!waited_) wait_for_previous_kernel();  // else the kernel after could overtake `down`
   }
 
  private:
-  // The panels that begin in [begin, end) of the entry.
-  __device__ void run_entry(int e, int begin, int end) {
-    const int group = e % shared_.routes.groups;
-    layer_ = e / shared_.routes.groups;
-    entry_ = &entry_at(args_, shared_.routes, e);
-    out_ = args_.layers[layer_].out;
-    factor_ = make_factor(args_.arena + entry_->u_offset, entry_->counts, out_);
+  __device__ void run_part(const Part& part, const Entry& entry) {
+    const int layer = part.entry / shared_.routes.groups;
+    const int group = part.entry - layer * shared_.routes.groups;
+    layer_ = layer;
+    entry_ = &entry;
+    out_ = args_.layers[layer].out;
+    factor_ = make_factor(args_.arena + entry.u_offset, entry.counts, out_);
     tokens_ = {shared_.routes.group_token[group][0], shared_.routes.group_token[group][1]};
     panel_words_ = (tokens_.id[1] < 0 ? kDigits : kColumns) * kUpColumnStride;
     have_z_ = false;
-    if (!shared_.routes.by_tile) {
-      const int cost = static_cast<int>(block_column_words(entry_->counts.at));
-      begin = (begin + cost - 1) / cost;
-      end = (end + cost - 1) / cost;
-    }
     // Batches of panels, all about as large.
-    const int room = plan_.sum_words / panel_words_, panels = end - begin;
+    const int room = plan_.sum_words / panel_words_, panels = part.end - part.begin;
     const int batches = (panels + room - 1) / room;
     for (int batch = 0; batch < batches; ++batch) {
-      run_batch(begin + panels * batch / batches, begin + panels * (batch + 1) / batches);
+      run_batch(part.begin + panels * batch / batches, part.begin + panels * (batch + 1) / batches);
     }
   }
 
@@ -130,10 +143,15 @@ class Up {
   }
 
   __device__ void list_runs(int first_run, int last_run) {
+    const int begin = UpRuns::at(entry_->counts, first_run).position;
     for (int i = threadIdx.x; i < last_run - first_run; i += blockDim.x) {
       Run run = UpRuns::at(entry_->counts, first_run + i);
       run.set_shape(run.bits(), run.lanes(), min(run.same(), last_run - first_run - i));
       shared_.runs[i] = run;
+      const int at = (run.position - begin) / 16;
+      for (int j = 0; j < up_lanes_of(run.bits()) / 16; ++j) {
+        shared_.top_codes[at + j] = static_cast<uint8_t>((1 << run.bits()) - 1);
+      }
     }
   }
 
@@ -256,7 +274,7 @@ class Up {
       int64_t offset = 0;
       for (int at = threadIdx.x; at < bytes; at += blockDim.x) {
         const int number = to_number(row[at], unit);
-        offset += int64_t{number} * width_factor(position + at);
+        offset += int64_t{number} * shared_.top_codes[at / 16];
         const uint32_t digits = digits_of(number);
         const int byte = at / 16 * 16 + at % 4 * 4 + at % 16 / 4;
 #pragma unroll
@@ -269,20 +287,11 @@ class Up {
     __syncthreads();
   }
 
-  // 2^b - 1 of the width b at a position.
-  __device__ int width_factor(int position) const {
-    int bits = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      if (position >= 0) bits = kMaxBits - i;
-      position -= padded_count(entry_->counts.at[i], kMaxBits - i);
-    }
-    return (1 << bits) - 1;
-  }
-
   __device__ void measure_z(const float* z) {
-    const Run last = UpRuns::at(entry_->counts, UpRuns::count(entry_->counts) - 1);
-    const int positions = last.position + last.lanes();
+    int positions = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i)
+      positions += padded_count(entry_->counts.at[i], kMaxBits - i);
 #pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;

@@ -24,7 +24,13 @@ struct Entry {
   int rank;  // 0: the slot is empty
 };
 
-constexpr int kKeptEntries = 16;
+constexpr int kKeptEntries = 32;
+
+// What of an entry is a thread block's: tiles begin .. end - 1.
+struct Part {
+  int entry;
+  int begin, end;
+};
 
 struct SharedRoutes {
   int slots[kFewTokens];
@@ -35,9 +41,10 @@ struct SharedRoutes {
   int groups;
   // The first ones, a way to memory less where there are few; behind them the one in hand.
   Entry entries[kKeptEntries + 1];
-  int64_t end[kMaxLayers * kFewTokens];  // of the entries up to and including this one
+  bool whole;                            // whether this thread block has a part of one entry:
+  Part part;                             // this one; else parts of several, by cost:
+  int64_t end[kMaxLayers * kFewTokens];  // cost of the entries up to and including this one
   int64_t share[2];                      // of this thread block: begin, end
-  bool by_tile;                          // whether these are tiles, or costs
 };
 
 __device__ inline Entry load_entry(const int64_t* table, int slot, int64_t max_rank) {
@@ -110,77 +117,35 @@ __device__ inline void make_groups(const DeltaGemmCudaArgs& args, SharedRoutes& 
   __syncthreads();
 }
 
-// What an entry is to be shared out by: its tiles, or what they cost in words.
-struct Work {
-  int64_t cost;
-  int tiles;
-};
+// How a kernel cuts entries into tiles, for the functions below:
+//
+//   int tiles(layer, entry)
+//   int64_t words(layer, entry)             what they cost
+//   int tile_at(layer, entry, part, parts)  the first of a part, where all cost about the same
+//   int tile_from(layer, entry, words)      the first that begins there or behind
 
-constexpr int kTileShift = 40;  // sums of costs stay below, sums of tiles above
-
-__device__ inline int64_t sum_until_lane(int64_t value, int lanes) {
+template <typename T>
+__device__ __forceinline__ T sum_until_lane(T value) {
   const int lane = threadIdx.x % 32;
-  for (int distance = 1; distance < lanes; distance *= 2) {
-    const int64_t other = __shfl_up_sync(0xffffffffu, value, distance);
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, value, distance);
     if (lane >= distance) value += other;
   }
   return value;
 }
 
-// This thread block's share: equal costs, or where there are no more tiles than blocks a tile for
-// each of the first, which are the first to run and, where another kernel waits for room, the last
-// to leave. By one warp.
-__device__ inline void take_share(SharedRoutes& routes, int64_t total) {
-  const int64_t tiles = total >> kTileShift, cost = total & ((int64_t{1} << kTileShift) - 1);
-  const int lane = threadIdx.x % 32;
-  routes.by_tile = tiles <= gridDim.x;
-  if (lane < 2) {
-    const int64_t block = blockIdx.x + lane;
-    routes.share[lane] = tiles <= gridDim.x ? min(block, tiles) : cost * block / gridDim.x;
-  }
-}
-
-// What a second entry costs a thread block beside its words, in words: x or z is prepared again,
-// and the pipeline runs empty and fills.
-constexpr float kVisitCost = 16384.0f;
-
-// The share where no block has parts of two entries, if that is better: for each entry as many
-// blocks as its cost asks for, some blocks perhaps idle. Lane e has the cost of entry e and of all
-// up to it. By one warp.
-__device__ inline void take_whole_share(SharedRoutes& routes, int64_t cost, int64_t end,
-                                        int64_t total) {
-  const float each = static_cast<float>(total) / static_cast<float>(gridDim.x);
-  const int blocks = cost == 0 ? 0 : max(1, static_cast<int>(static_cast<float>(cost) / each));
-  const float part = cost == 0 ? 0.0f : static_cast<float>(cost) / static_cast<float>(blocks);
-  const float largest = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(part)));
-  const int last = static_cast<int>(sum_until_lane(blocks, 32));
-  if (largest > each + kVisitCost ||
-      __shfl_sync(0xffffffffu, last, 31) > static_cast<int>(gridDim.x)) {
-    return;
-  }
-  const int block = static_cast<int>(blockIdx.x);
-  const int e = __ffs(__ballot_sync(0xffffffffu, last > block)) - 1;
-  const int64_t entry_cost = __shfl_sync(0xffffffffu, cost, max(e, 0));
-  const int64_t entry_end = __shfl_sync(0xffffffffu, end, max(e, 0));
-  const int of = __shfl_sync(0xffffffffu, blocks, max(e, 0));
-  const int before = __shfl_sync(0xffffffffu, last, max(e, 0)) - of;
-  const int lane = threadIdx.x % 32;
-  if (lane < 2) {
-    routes.share[lane] =
-        e < 0 ? total : entry_end - entry_cost + entry_cost * (block - before + lane) / of;
-  }
-}
-
-__device__ inline int64_t end_of(int64_t sum, bool by_tile) {
-  return by_tile ? sum >> kTileShift : sum & ((int64_t{1} << kTileShift) - 1);
-}
+// What a second entry costs a thread block beside its words, in units of kCostWords: x or z is
+// prepared again, and the pipeline runs empty and fills.
+constexpr int kCostWords = 64;
+constexpr float kVisitCost = 16384.0f / kCostWords;
 
 // What the first warp finds alone, without a barrier, where there are at most 32 entries: first the
-// slots, then groups and entries, then shares; other work in between hides that memory is far.
+// slots, then groups and entries, then parts; other work in between hides that memory is far.
 class WarpRoute {
  public:
   __device__ static bool fits(const DeltaGemmCudaArgs& args) {
-    return args.routes.slots != nullptr && args.tokens * args.layer_count <= 32;
+    return args.routes.slots != nullptr && args.tokens * args.layer_count <= kKeptEntries;
   }
 
   __device__ void read_slots(const DeltaGemmCudaArgs& args) {
@@ -205,86 +170,105 @@ class WarpRoute {
     routes.groups = groups_;
     __syncwarp();
     entries_ = groups_ * args.layer_count;
+    layer_ = lane < entries_ ? lane / groups_ : 0;
     if (lane < entries_) {
-      const int layer = lane / groups_;
-      entry_ = load_entry(args.layers[layer].table, routes.group_slot[lane - layer * groups_],
-                          args.max_rank);
+      routes.entries[lane] = load_entry(args.layers[layer_].table,
+                                        routes.group_slot[lane - layer_ * groups_], args.max_rank);
     }
   }
 
-  template <typename WorkOf>
-  __device__ void share_out(SharedRoutes& routes, WorkOf work_of) const {
-    const int lane = threadIdx.x % 32;
-    int64_t sum = 0, cost = 0;
-    if (lane < entries_) {
-      if (lane < kKeptEntries) routes.entries[lane] = entry_;
-      const Work work = work_of(lane / groups_, entry_);
-      cost = work.cost;
-      sum = int64_t{work.tiles} << kTileShift | cost;
-    }
-    sum = sum_until_lane(sum, entries_);
-    const int64_t total = __shfl_sync(0xffffffffu, sum, max(entries_, 1) - 1);
-    take_share(routes, total);
-    __syncwarp();
-    const bool by_tile = routes.by_tile;
-    const int64_t end = end_of(sum, by_tile);
-    if (lane < entries_) routes.end[lane] = end;
-    if (!by_tile) take_whole_share(routes, cost, end, end_of(total, false));
+  // Parts are a tile each, or of each entry as many as its cost asks for, some thread blocks
+  // perhaps idle; unless equal costs, which may be parts of two entries, are better by more than
+  // that takes.
+  template <typename Tiles>
+  __device__ void take_part(SharedRoutes& routes, const Tiles& cut) const {
+    const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x);
+    const int blocks = static_cast<int>(gridDim.x);
+    const Entry& entry = routes.entries[lane];
+    const bool works = lane < entries_ && entry.rank > 0;
+    const int tiles = works ? cut.tiles(layer_, entry) : 0;
+    const int64_t words = works ? cut.words(layer_, entry) : 0;
+    const int cost = static_cast<int>((words + kCostWords - 1) / kCostWords);
+    const float each =
+        static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
+    int parts = tiles;
+    const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
+    if (!by_tile) parts = works ? max(1, static_cast<int>(static_cast<float>(cost) / each)) : 0;
+    const int last = sum_until_lane(parts);
+    const float part = works ? static_cast<float>(cost) / static_cast<float>(parts) : 0.0f;
+    const bool whole = by_tile || (__shfl_sync(0xffffffffu, last, 31) <= blocks &&
+                                   __all_sync(0xffffffffu, part <= each + kVisitCost));
+    routes.whole = whole;
+    if (!whole) return share_costs(routes, words);
+    const unsigned behind = __ballot_sync(0xffffffffu, last > block);
+    const int e = max(__ffs(behind) - 1, 0);
+    const int of = __shfl_sync(0xffffffffu, parts, e);
+    const int number = block - (__shfl_sync(0xffffffffu, last, e) - of);
+    const int layer = __shfl_sync(0xffffffffu, layer_, e);
+    int at = number + lane;
+    if (behind != 0 && !by_tile) at = cut.tile_at(layer, routes.entries[e], at, of);
+    routes.part.entry = e;
+    if (lane == 0) routes.part.begin = behind != 0 ? at : 0;
+    if (lane == 1) routes.part.end = behind != 0 ? at : 0;
   }
 
  private:
+  __device__ void share_costs(SharedRoutes& routes, int64_t words) const {
+    const int lane = threadIdx.x % 32;
+    const int64_t end = sum_until_lane(words), total = __shfl_sync(0xffffffffu, end, 31);
+    routes.end[lane] = end;
+    if (lane < 2) routes.share[lane] = total * (blockIdx.x + lane) / gridDim.x;
+  }
+
   int slot_ = -1;
   int groups_ = 0, entries_ = 0;
-  Entry entry_;
+  int layer_ = 0;  // of the lane's entry
 };
 
-// The same for any number of entries, by all threads.
-template <typename WorkOf>
-__device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, WorkOf work_of) {
+// The same for any number of entries, by all threads: equal costs.
+template <typename Tiles>
+__device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, const Tiles& cut) {
   const int entries = args.layer_count * routes.groups;
   for (int e = threadIdx.x; e < entries; e += blockDim.x) {
     const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
     const Entry entry = load_entry(args.layers[layer].table, slot, args.max_rank);
     if (e < kKeptEntries) routes.entries[e] = entry;
-    const Work work = work_of(layer, entry);
-    routes.end[e] = int64_t{work.tiles} << kTileShift | work.cost;
+    routes.end[e] = entry.rank > 0 ? cut.words(layer, entry) : 0;
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    int64_t total = 0;
-    for (int first = 0; first < entries; first += 32) {
-      const int64_t sum =
-          total + sum_until_lane(first + lane < entries ? routes.end[first + lane] : 0, 32);
-      if (first + lane < entries) routes.end[first + lane] = sum;
-      total = __shfl_sync(0xffffffffu, sum, 31);
-    }
-    take_share(routes, total);
-    __syncwarp();
-    for (int e = lane; e < entries; e += 32) routes.end[e] = end_of(routes.end[e], routes.by_tile);
+  if (threadIdx.x >= 32) return;
+  const int lane = threadIdx.x;
+  int64_t total = 0;
+  for (int first = 0; first < entries; first += 32) {
+    const int64_t words = first + lane < entries ? routes.end[first + lane] : 0;
+    const int64_t sum = total + sum_until_lane(words);
+    if (first + lane < entries) routes.end[first + lane] = sum;
+    total = __shfl_sync(0xffffffffu, sum, 31);
   }
+  routes.whole = false;
+  if (lane < 2) routes.share[lane] = total * (blockIdx.x + lane) / gridDim.x;
 }
 
-template <typename WorkOf>
+template <typename Tiles>
 __device__ __noinline__ void find_long_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
-                                             WorkOf work_of) {
+                                             const Tiles& cut) {
   make_groups(args, routes);
-  share_out(args, routes, work_of);
+  share_out(args, routes, cut);
 }
 
-// Groups, entries and shares; ends with a barrier.
-template <typename WorkOf>
+// Groups, entries and parts. A barrier must follow.
+template <typename Tiles>
 __device__ __forceinline__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
-                                           WorkOf work_of) {
+                                           const Tiles& cut) {
   if (!WarpRoute::fits(args)) {
-    find_long_route(args, routes, work_of);
+    find_long_route(args, routes, cut);
   } else if (threadIdx.x < 32) {
     WarpRoute route;
     route.read_slots(args);
     route.read_entries(args, routes);
-    route.share_out(routes, work_of);
+    __syncwarp();
+    route.take_part(routes, cut);
   }
-  __syncthreads();
 }
 
 // In shared memory; all threads ask together, and are done with the one before.
@@ -300,10 +284,14 @@ __device__ inline const Entry& entry_at(const DeltaGemmCudaArgs& args, SharedRou
   return routes.entries[kKeptEntries];
 }
 
-// body(e, begin, end) for the entries of this thread block's share, and what of the entry is its:
-// in tiles or in cost, as share_out has chosen.
-template <typename Body>
-__device__ void for_share(const DeltaGemmCudaArgs& args, const SharedRoutes& routes, Body body) {
+// body(part) for all of this thread block's.
+template <typename Tiles, typename Body>
+__device__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes, const Tiles& cut,
+                          Body body) {
+  if (routes.whole) {
+    if (routes.part.begin < routes.part.end) body(routes.part, routes.entries[routes.part.entry]);
+    return;
+  }
   const int entries = args.layer_count * routes.groups, lane = threadIdx.x % 32;
   const int64_t first = routes.share[0], last = routes.share[1];
   int e = 0;  // the first entry that ends behind the begin of the share
@@ -315,8 +303,11 @@ __device__ void for_share(const DeltaGemmCudaArgs& args, const SharedRoutes& rou
   for (; e < entries && begin < last; ++e) {
     const int64_t end = routes.end[e];
     if (end > begin) {
-      body(e, static_cast<int>(max(first - begin, int64_t{0})),
-           static_cast<int>(min(last, end) - begin));
+      const Entry& entry = entry_at(args, routes, e);
+      const int layer = e / routes.groups;
+      const Part part = {e, cut.tile_from(layer, entry, max(first - begin, int64_t{0})),
+                         cut.tile_from(layer, entry, min(last, end) - begin)};
+      if (part.begin < part.end) body(part, entry);
     }
     begin = end;
   }

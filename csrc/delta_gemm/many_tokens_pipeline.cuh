@@ -12,7 +12,7 @@
 //               V, U   packed words -> levels in bf16 (fp16 for fp16 x), exact
 //   consumers   two groups of 4 warps, 64 tokens each: multiply stages as they come, then write
 //
-//   stage       [128 tokens][64 k] | [128 components or outputs][64 k]     (tile_product.cuh)
+//   stage       tile of 128 tokens | tile of 128 components or outputs     (tile_product.cuh)
 //
 // A stage goes to and fro between them by two named barriers, full and empty.
 namespace adamix {
@@ -43,91 +43,115 @@ struct Stages {
   __device__ float* behind() const { return reinterpret_cast<float*>(tokens(count)); }
 };
 
-// x: rows of tokens wherever they are, [tokens, in].
-struct XRows {
+// Rows of x or z.
+struct Rows {
   const char* data;
   int64_t row_bytes;
-  int64_t codes;
-  const int* order;
-  int64_t tokens;
-  bool aligned;  // whether 16 bytes at a time may be copied
-
-  __device__ const char* row(int sorted) const {
-    const int token = order[sorted];
-    return token >= 0 && token < tokens ? data + token * row_bytes : nullptr;
-  }
+  int64_t codes;     // numbers of a row
+  const int* order;  // row of a sorted token; null: they are sorted
+  int64_t count;     // of rows
+  bool aligned;      // whether rows begin at multiples of 16 bytes, less than 2^32 of them away
 };
 
-// z: sorted, padded with zeros.
-struct ZRows {
-  const char* data;
-  int64_t row_bytes;
-  int64_t codes;
-  static constexpr bool aligned = true;
-
-  __device__ const char* row(int sorted) const { return data + sorted * row_bytes; }
-};
-
-// 64 k of the tile's tokens; rows that are not there stay as they are, k behind the last is zero.
-template <typename Rows>
-__device__ inline void copy_tokens(const Rows& rows, const Product& product, int step, int thread,
-                                   uint4* tile) {
-  constexpr int kRowChunks = kStepCodes / 8;
-  for (int i = thread; i < product.tokens * kRowChunks; i += kGroupThreads) {
-    const int row = i / kRowChunks, chunk = i % kRowChunks;
-    const char* source = rows.row(product.first_token + row);
-    if (source == nullptr) continue;
-    const int64_t k = int64_t{step} * kStepCodes + chunk * 8;
-    uint4* target = tile + chunk_of(row, chunk);
-    if (rows.aligned && k + 8 <= rows.codes) {
-      copy_async_16(shared_address(target), source + k * 2);
-      continue;
-    }
-    uint32_t pair[4] = {};
-    const auto* numbers = reinterpret_cast<const uint16_t*>(source);
+// A thread's share of the token tiles of one product: one chunk of every 16th line.
+class TokenTiles {
+ public:
+  __device__ void begin(const Rows& rows, const Product& product, int thread) {
+    thread_ = thread;
+    const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (k + j < rows.codes) pair[j / 2] |= uint32_t{numbers[k + j]} << j % 2 * 16;
+    for (int i = 0; i < kLines; ++i) {
+      int row = -1;
+      if (line_of(i) < product.tokens) {
+        row = product.first_token + line_of(i);
+        if (rows.order != nullptr) row = rows.order[row];
+      }
+      at_[i] = row >= 0 && row < rows.count ? row * units : kNone;
     }
-    *target = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
-  commit_copies();
-}
+
+  // 64 k; what is in lines without a token does not matter, k behind the last is zero.
+  __device__ void copy(const Rows& rows, int step, uint4* tile) const {
+    const int chunk = thread_ % kLineChunks;
+    if (rows.aligned && (step + 1) * kStepCodes <= rows.codes) {
+      const auto* source =
+          reinterpret_cast<const uint4*>(rows.data) + (step * kLineChunks + chunk);
+      const uint32_t target = shared_address(tile + chunk_of(line_of(0), chunk));
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        const int there = i * kLineStride * kLineChunks * 16;
+        if (at_[i] != kNone) copy_async_16(target + there, source + at_[i]);
+      }
+    } else {
+      copy_pieces(rows, step * kStepCodes + chunk * 8, tile + chunk_of(line_of(0), chunk));
+    }
+    commit_copies();
+  }
+
+ private:
+  static constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
+  static constexpr int kLines = kTileTokens / kLineStride;
+  static constexpr uint32_t kNone = 0xffffffffu;
+
+  __device__ int line_of(int i) const { return thread_ / kLineChunks + i * kLineStride; }
+
+  __device__ void copy_pieces(const Rows& rows, int k, uint4* target) const {
+#pragma unroll 1
+    for (int i = 0; i < kLines; ++i) {
+      uint32_t at = kNone;
+#pragma unroll
+      for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
+      if (at == kNone) continue;
+      const int64_t row = rows.aligned ? int64_t{at} * 16 : at * rows.row_bytes;
+      const auto* numbers = reinterpret_cast<const uint16_t*>(rows.data + row);
+      uint32_t pair[4] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (k + j < rows.codes) pair[j / 2] |= uint32_t{numbers[k + j]} << j % 2 * 16;
+      }
+      target[i * kLineStride * kLineChunks] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    }
+  }
+
+  int thread_;
+  uint32_t at_[kLines];  // of the row: in units of 16 bytes, or in rows that are not aligned
+};
 
 // Producer and consumer walk the same products and count the same steps.
-template <typename T, typename Weights>
+template <typename T, bool kUp>
 class Producer {
  public:
   __device__ Producer(const Stages& stages, int group)
-      : stages_(stages), group_(group), thread_(threadIdx.x % kGroupThreads) {}
+      : stages_(stages), group_(group), stage_(group) {}
 
-  template <typename Rows>
   __device__ void run(const Product& product, const Rows& rows) {
-    weights_.begin(product, thread_);
-    int step = product.first_step + (group_ + kProducers - step_ % kProducers) % kProducers;
-    const int count = product.last_step - product.first_step, begin = step_;
-    if (step < product.last_step) weights_.load(product, step);
+    const int thread = threadIdx.x % kGroupThreads;
+    int step = product.first_step + (group_ + steps_) % kProducers;
+    steps_ += product.last_step - product.first_step;
+    if (step >= product.last_step) return;
+    weights_.begin(product, thread);
+    weights_.load(product, step);
+    tokens_.begin(rows, product, thread);
     for (; step < product.last_step; step += kProducers) {
-      const int number = begin + step - product.first_step, stage = number % stages_.count;
       if (stages_.count == kProducers) hand_over();  // or it would wait for itself
-      if (number >= stages_.count) barrier_sync(stages_.empty(stage), kFullThreads);
-      copy_tokens(rows, product, step, thread_, stages_.tokens(stage));
-      weights_.template store<T>(stages_.weights(stage), thread_);
+      if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
+      tokens_.copy(rows, step, stages_.tokens(stage_));
+      weights_.template store<T>(stages_.weights(stage_));
       if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
       wait_copies<1>();  // of the stage before: its copies have had this long
       give_open_stage();
-      open_stage_ = stage;
+      open_stage_ = stage_;
+      stage_ += kProducers;
+      if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
     }
-    step_ = begin + count;
   }
 
   // At the end: all stages are given over, and every barrier is met by all.
   __device__ void finish() {
     hand_over();
-    for (int number = max(0, step_ - stages_.count); number < step_; ++number) {
-      if (number % kProducers == group_) {
-        barrier_sync(stages_.empty(number % stages_.count), kFullThreads);
-      }
+    const int used = all_used_ ? stages_.count : stage_;
+    for (int stage = group_; stage < used; stage += kProducers) {
+      barrier_sync(stages_.empty(stage), kFullThreads);
     }
   }
 
@@ -146,51 +170,61 @@ class Producer {
 
   const Stages stages_;
   const int group_;
-  const int thread_;
-  Weights weights_;
-  int step_ = 0;         // of all products so far
-  int open_stage_ = -1;  // filled, its copies under way
+  Weights<kUp> weights_;
+  TokenTiles tokens_;
+  int steps_ = 0;          // of all products so far
+  int stage_;              // the next one
+  bool all_used_ = false;  // whether it has been filled before
+  int open_stage_ = -1;    // filled, its copies under way
 };
 
-template <typename T>
+template <typename T, bool kUp>
 class Consumer {
  public:
+  using Sums = TileProduct<T, !kUp>;
+
   __device__ Consumer(const Stages& stages, int group) : stages_(stages), group_(group) {}
 
-  // Multiplies all steps of a product, then store(sums, this group's first row of tokens).
-  template <typename Store>
-  __device__ void run(const Product& product, Store store) {
+  // Multiplies all steps of a product; result.load() as soon as there is time to wait for it, and
+  // at the end result.store(sums). Both get this group's first row of tokens before.
+  template <typename Result>
+  __device__ void run(const Product& product, Result result) {
     const int first_row = group_ * kProductTokens;
     if (first_row >= product.tokens) return pass(product);
-    TileProduct<T> sums;
+    Sums sums;
     int before = -1;  // the stage that may still be read
-    for (int step = product.first_step; step < product.last_step; ++step, ++step_) {
-      const int stage = step_ % stages_.count;
-      barrier_sync(stages_.full(stage), kFullThreads);
-      sums.start(stages_.tokens(stage) + chunk_of(first_row, 0), stages_.weights(stage));
+    for (int step = product.first_step; step < product.last_step; ++step) {
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      sums.start(stages_.tokens(stage_) + chunk_of(first_row, 0), stages_.weights(stage_));
       if (before >= 0) {
         sums.template wait<1>();
         barrier_arrive(stages_.empty(before), kFullThreads);
+      } else {
+        result.begin(first_row);
       }
-      before = stage;
+      before = stage_;
+      next_stage();
     }
     sums.template wait<0>();
     if (before >= 0) barrier_arrive(stages_.empty(before), kFullThreads);
-    store(sums, first_row);
+    result.store(sums);
   }
 
  private:
   // None of the tokens are this group's.
   __device__ void pass(const Product& product) {
-    for (int step = product.first_step; step < product.last_step; ++step, ++step_) {
-      barrier_sync(stages_.full(step_ % stages_.count), kFullThreads);
-      barrier_arrive(stages_.empty(step_ % stages_.count), kFullThreads);
+    for (int step = product.first_step; step < product.last_step; ++step) {
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      barrier_arrive(stages_.empty(stage_), kFullThreads);
+      next_stage();
     }
   }
 
+  __device__ void next_stage() { stage_ = stage_ + 1 == stages_.count ? 0 : stage_ + 1; }
+
   const Stages stages_;
   const int group_;
-  int step_ = 0;
+  int stage_ = 0;
 };
 
 }  // namespace adamix

@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t bytes = call.x_row_stride * 2;
     const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
                          call.tokens * (bytes / 16) < int64_t{1} << 32;
-    const Rows x = {static_cast<const char*>(call.x), bytes, call.in, args.sorted.order,
-                    call.tokens, aligned};
-    Producer<T, false> producer({args.stages}, group);
+    const Rows x = {static_cast<const char*>(call.x), bytes, static_cast<int>(call.in),
+                    args.sorted.order, call.tokens, aligned};
+    Producer<T, false> producer(Stages(args.stages), group);
     for_products<false>(args, [&](const Product& product, int, int, const Entry&) {
       producer.run(product, x);
     });
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   using Down = Consumer<T, false>;
-  Down consumer({args.stages}, group);
-  float* scales = Stages{args.stages}.behind();
+  Down consumer(Stages(args.stages), group);
+  float* scales = Stages(args.stages).behind();
   for_products<false>(
       args, [&](const Product& product, int layer, int part, const Entry& entry) {
         load_scales(reinterpret_cast<const float*>(call.arena + entry.scale_offset), product,
@@ -161,17 +161,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const DeltaGemmCudaArgs& call = args.call;
   int group;
   if (is_producer(group)) {
-    Producer<__nv_bfloat16, true> producer({args.stages}, group);
+    Producer<__nv_bfloat16, true> producer(Stages(args.stages), group);
     for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
       const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
       producer.run(product,
-                   Rows{z, args.z_width * 2, args.z_width, nullptr, call.tokens, true});
+                   Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr, call.tokens,
+                        true});
     });
     producer.finish();
     return;
   }
   using Up = Consumer<__nv_bfloat16, true>;
-  Up consumer({args.stages}, group);
+  Up consumer(Stages(args.stages), group);
   for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
     consumer.run(product, AddToY<T, typename Up::Sums>{
                               call.layers[layer], args.sorted.order + product.first_token,

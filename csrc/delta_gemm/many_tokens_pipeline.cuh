@@ -33,88 +33,93 @@ constexpr int kConsumerBarrier = 1;
 
 struct Stages {
   int count;
+  uint32_t address;  // shared
 
-  __device__ uint4* tokens(int stage) const {
-    return static_cast<uint4*>(dynamic_shared()) + stage * 2 * kTileChunks;
-  }
-  __device__ uint4* weights(int stage) const { return tokens(stage) + kTileChunks; }
+  __device__ explicit Stages(int count)
+      : count(count), address(shared_address(dynamic_shared())) {}
+
+  __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
+  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileChunks * 16; }
   __device__ int full(int stage) const { return 2 + stage; }
   __device__ int empty(int stage) const { return 2 + kMaxStages + stage; }
-  __device__ float* behind() const { return reinterpret_cast<float*>(tokens(count)); }
+  __device__ float* behind() const {
+    return reinterpret_cast<float*>(static_cast<char*>(dynamic_shared()) + count * kStageBytes);
+  }
 };
 
 // Rows of x or z.
 struct Rows {
   const char* data;
   int64_t row_bytes;
-  int64_t codes;     // numbers of a row
+  int codes;         // numbers of a row
   const int* order;  // row of a sorted token; null: they are sorted
   int64_t count;     // of rows
   bool aligned;      // whether rows begin at multiples of 16 bytes, less than 2^32 of them away
 };
 
-// A thread's share of the token tiles of one product: one chunk of every 16th line.
+// A thread's share of the token tiles of one product: one chunk of every 16th line. A line without
+// a token gets any row: nobody reads what becomes of it.
 class TokenTiles {
  public:
-  __device__ void begin(const Rows& rows, const Product& product, int thread) {
-    thread_ = thread;
+  // From a step on, every kProducers'th.
+  __device__ void begin(const Rows& rows, const Product& product, int step, int thread) {
+    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
     const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      int row = -1;
-      if (line_of(i) < product.tokens) {
-        row = product.first_token + line_of(i);
+      int row = 0;
+      if (line + i * kLineStride < product.tokens) {
+        row = product.first_token + line + i * kLineStride;
         if (rows.order != nullptr) row = rows.order[row];
       }
-      at_[i] = row >= 0 && row < rows.count ? row * units : kNone;
+      at_[i] = row >= 0 && row < rows.count ? row * units : 0;
     }
+    k_ = step * kStepCodes + chunk * 8;
+    source_ = rows.data + k_ * 2;
+    target_ = 16 * chunk_of(line, chunk);
   }
 
-  // 64 k; what is in lines without a token does not matter, k behind the last is zero.
-  __device__ void copy(const Rows& rows, int step, uint4* tile) const {
-    const int chunk = thread_ % kLineChunks;
-    if (rows.aligned && (step + 1) * kStepCodes <= rows.codes) {
-      const auto* source =
-          reinterpret_cast<const uint4*>(rows.data) + (step * kLineChunks + chunk);
-      const uint32_t target = shared_address(tile + chunk_of(line_of(0), chunk));
+  // 64 k, zeros behind the last, into the tile at a shared address.
+  __device__ void copy(const Rows& rows, uint32_t tile) {
+    if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
 #pragma unroll
       for (int i = 0; i < kLines; ++i) {
-        const int there = i * kLineStride * kLineChunks * 16;
-        if (at_[i] != kNone) copy_async_16(target + there, source + at_[i]);
+        copy_async_16(tile + target_ + i * kLineBytes, source_ + uint64_t{at_[i]} * 16);
       }
     } else {
-      copy_pieces(rows, step * kStepCodes + chunk * 8, tile + chunk_of(line_of(0), chunk));
+      copy_pieces(rows, tile + target_);
     }
     commit_copies();
+    k_ += kProducers * kStepCodes;
+    source_ += kProducers * kStepCodes * 2;
   }
 
  private:
   static constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
   static constexpr int kLines = kTileTokens / kLineStride;
-  static constexpr uint32_t kNone = 0xffffffffu;
+  static constexpr int kLineBytes = kLineStride * kLineChunks * 16;
 
-  __device__ int line_of(int i) const { return thread_ / kLineChunks + i * kLineStride; }
-
-  __device__ void copy_pieces(const Rows& rows, int k, uint4* target) const {
+  __device__ void copy_pieces(const Rows& rows, uint32_t target) const {
 #pragma unroll 1
     for (int i = 0; i < kLines; ++i) {
-      uint32_t at = kNone;
+      int64_t at = 0;
 #pragma unroll
       for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
-      if (at == kNone) continue;
-      const int64_t row = rows.aligned ? int64_t{at} * 16 : at * rows.row_bytes;
-      const auto* numbers = reinterpret_cast<const uint16_t*>(rows.data + row);
+      const auto* numbers = reinterpret_cast<const uint16_t*>(
+          source_ + at * (rows.aligned ? 16 : rows.row_bytes));
       uint32_t pair[4] = {};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (k + j < rows.codes) pair[j / 2] |= uint32_t{numbers[k + j]} << j % 2 * 16;
+        if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
       }
-      target[i * kLineStride * kLineChunks] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      store_shared(target + i * kLineBytes, make_uint4(pair[0], pair[1], pair[2], pair[3]));
     }
   }
 
-  int thread_;
   uint32_t at_[kLines];  // of the row: in units of 16 bytes, or in rows that are not aligned
+  const char* source_;
+  int k_;
+  uint32_t target_;
 };
 
 // Producer and consumer walk the same products and count the same steps.
@@ -131,16 +136,16 @@ class Producer {
     if (step >= product.last_step) return;
     weights_.begin(product, thread);
     weights_.load(product, step);
-    tokens_.begin(rows, product, thread);
+    tokens_.begin(rows, product, step, thread);
     for (; step < product.last_step; step += kProducers) {
       if (stages_.count == kProducers) hand_over();  // or it would wait for itself
       if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
-      tokens_.copy(rows, step, stages_.tokens(stage_));
-      weights_.template store<T>(stages_.weights(stage_));
-      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
+      tokens_.copy(rows, stages_.tokens(stage_));
+      weights_.store(stages_.weights(stage_));
       wait_copies<1>();  // of the stage before: its copies have had this long
       give_open_stage();
       open_stage_ = stage_;
+      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
       stage_ += kProducers;
       if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
     }
@@ -170,7 +175,7 @@ class Producer {
 
   const Stages stages_;
   const int group_;
-  Weights<kUp> weights_;
+  Weights<T, kUp> weights_;
   TokenTiles tokens_;
   int steps_ = 0;          // of all products so far
   int stage_;              // the next one
@@ -185,32 +190,37 @@ class Consumer {
 
   __device__ Consumer(const Stages& stages, int group) : stages_(stages), group_(group) {}
 
-  // Multiplies all steps of a product; result.load() as soon as there is time to wait for it, and
-  // at the end result.store(sums). Both get this group's first row of tokens before.
+  // Multiplies all steps of a product. result.begin(this group's first row of tokens) comes as soon
+  // as there is time to wait, result.store(sums) at the end.
   template <typename Result>
   __device__ void run(const Product& product, Result result) {
     const int first_row = group_ * kProductTokens;
-    if (first_row >= product.tokens) return pass(product);
+    if (first_row >= product.tokens || product.first_step >= product.last_step) {
+      return pass(product);
+    }
     Sums sums;
-    int before = -1;  // the stage that may still be read
-    for (int step = product.first_step; step < product.last_step; ++step) {
-      barrier_sync(stages_.full(stage_), kFullThreads);
-      sums.start(stages_.tokens(stage_) + chunk_of(first_row, 0), stages_.weights(stage_));
-      if (before >= 0) {
-        sums.template wait<1>();
-        barrier_arrive(stages_.empty(before), kFullThreads);
-      } else {
-        result.begin(first_row);
-      }
-      before = stage_;
+    start(sums);
+    result.begin(first_row);
+    for (int step = product.first_step + 1; step < product.last_step; ++step) {
+      const int before = stage_;  // may still be read
       next_stage();
+      start(sums);
+      sums.template wait<1>();
+      barrier_arrive(stages_.empty(before), kFullThreads);
     }
     sums.template wait<0>();
-    if (before >= 0) barrier_arrive(stages_.empty(before), kFullThreads);
+    barrier_arrive(stages_.empty(stage_), kFullThreads);
+    next_stage();
     result.store(sums);
   }
 
  private:
+  __device__ void start(Sums& sums) const {
+    barrier_sync(stages_.full(stage_), kFullThreads);
+    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineChunks * 16,
+               stages_.weights(stage_));
+  }
+
   // None of the tokens are this group's.
   __device__ void pass(const Product& product) {
     for (int step = product.first_step; step < product.last_step; ++step) {

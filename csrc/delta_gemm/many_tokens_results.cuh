@@ -72,37 +72,28 @@ struct AddToY {
   int64_t rows;      // of y
   int tokens;        // of the product
   int first_output;  // of the tile
-  uint16_t* y[Sums::kTokens] = {};  // of the tile's first output; null: the token is not there
+  bool pieces = false;              // whether 16 bytes at a time are too many
+  uint16_t* y[Sums::kTokens] = {};  // of a run's first output; null: the token is not there
   uint4 before[Sums::kTokens][Sums::kEights] = {};
 
-  __device__ bool whole(int output) const {
-    return reinterpret_cast<uintptr_t>(layer.y) % 16 == 0 && layer.y_row_stride % 8 == 0 &&
-           first_output + output + 8 <= layer.out;
-  }
-
   __device__ void begin(int first_row) {
+    pieces = reinterpret_cast<uintptr_t>(layer.y) % 16 != 0 || layer.y_row_stride % 8 != 0 ||
+             first_output + kTileRows > layer.out;
 #pragma unroll
     for (int i = 0; i < Sums::kTokens; ++i) {
       const int sorted = first_row + Sums::token(i);
       const int token = sorted < tokens ? order[sorted] : -1;
-      y[i] = token >= 0 && token < rows ? static_cast<uint16_t*>(layer.y) +
-                                              token * layer.y_row_stride + first_output
-                                        : nullptr;
-    }
-    if constexpr (Sums::kRoom) load_all();
-  }
-
-  __device__ void load_all() {
-#pragma unroll
-    for (int i = 0; i < Sums::kTokens; ++i) {
-#pragma unroll
-      for (int n = 0; n < Sums::kEights; ++n) load(i, n);
+      if (token < 0 || token >= rows) continue;
+      y[i] = static_cast<uint16_t*>(layer.y) + token * layer.y_row_stride + first_output +
+             Sums::row(0);
+      if (Sums::kRoom && !pieces) load(i);
     }
   }
 
-  __device__ void load(int i, int n) {
-    if (y[i] != nullptr && whole(Sums::row(n))) {
-      before[i][n] = *reinterpret_cast<const uint4*>(y[i] + Sums::row(n));
+  __device__ void load(int i) {
+#pragma unroll
+    for (int n = 0; n < Sums::kEights; ++n) {
+      before[i][n] = *reinterpret_cast<const uint4*>(y[i] + 32 * n);
     }
   }
 
@@ -110,21 +101,29 @@ struct AddToY {
 #pragma unroll
     for (int i = 0; i < Sums::kTokens; ++i) {
       if (y[i] == nullptr) continue;
+      if (pieces) {
+        add_pieces(sums, i);
+        continue;
+      }
+      if (!Sums::kRoom) load(i);
 #pragma unroll
       for (int n = 0; n < Sums::kEights; ++n) {
-        const int output = sums.row(n);
-        const EightSums eight = sums.eight(i, n);
-        if (whole(output)) {
-          if constexpr (!Sums::kRoom) load(i, n);
-          *reinterpret_cast<uint4*>(y[i] + output) = add_eight<T>(before[i][n], eight);
-          continue;
-        }
+        *reinterpret_cast<uint4*>(y[i] + 32 * n) = add_eight<T>(before[i][n], sums.eight(i, n));
+      }
+    }
+  }
+
+  __device__ void add_pieces(const Sums& sums, int i) const {
+    const int64_t left = layer.out - first_output - Sums::row(0);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (first_output + output + j >= layer.out) continue;
-          const float sum = widen(from_bits<T>(y[i][output + j])) + eight.at[j];
-          y[i][output + j] = static_cast<uint16_t>(round_pair<T>(sum, 0.0f));
-        }
+    for (int n = 0; n < Sums::kEights; ++n) {
+      const EightSums eight = sums.eight(i, n);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        uint16_t* one = y[i] + 32 * n + j;
+        if (32 * n + j >= left) continue;
+        const float sum = widen(from_bits<T>(*one)) + eight.at[j];
+        *one = static_cast<uint16_t>(round_pair<T>(sum, 0.0f));
       }
     }
   }

@@ -38,46 +38,61 @@ ADAMIX_HD constexpr int wanted_bit(int field) {
   return kBits < kRoom ? 1 : 0;
 }
 
-// Two codes q, from bit kAt of the low bytes of the halves of a word on -> two levels
-// 2q - (2^b - 1), exact. Put behind the exponent of M = 1024 or 128, whose last mantissa bit counts
-// one, a code reads M + 2^kAt q.
-template <typename T, int kBits, int kAt>
-__device__ __forceinline__ uint32_t levels(uint32_t codes) {
-  constexpr bool kHalf = std::is_same_v<T, __half>;
-  constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kTwo = 0x4000u, kMinus = 0x8000u;
-  constexpr uint32_t kExponent = kHalf ? 10 : 7;  // of M
-  constexpr uint32_t kM = kOne + (kExponent << kExponent);
-  constexpr auto number = [](uint32_t whole) {
+// A number's M = 1024 or 128, whose last mantissa bit counts one: put behind its exponent, a code q
+// from bit a on reads M + 2^a q.
+template <typename T>
+struct Exponent {
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr uint32_t kBits = kHalf ? 10 : 7;  // of the mantissa
+  static constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kTwo = 0x4000u, kMinus = 0x8000u;
+  static constexpr uint32_t kM = kOne + (kBits << kBits);
+
+  ADAMIX_HD static constexpr uint32_t number(uint32_t whole) {
     return kHalf ? half_bits(whole) : bfloat16_bits(whole);
-  };
-  constexpr auto both = [](uint32_t one) { return one << 16 | one; };
+  }
+};
+
+ADAMIX_HD constexpr uint32_t both(uint32_t one) {
+  return one << 16 | one;
+}
+
+// Two codes q, from bit kAt of the low bytes of the halves of a word on -> two levels
+// 2q - (2^b - 1), exact. m: both(M).
+template <typename T, int kBits, int kAt>
+__device__ __forceinline__ uint32_t levels(uint32_t codes, uint32_t m) {
+  using E = Exponent<T>;
   if constexpr (kAt >= 1) {
-    constexpr uint32_t kFactor = kTwo - (kAt << kExponent);  // 2^(1 - kAt)
-    constexpr uint32_t kTop = number((2u << (kExponent - kAt)) + max_code(kBits)) | kMinus;
-    return fma_pair<T>(codes | both(kM), both(kFactor), both(kTop));
-  } else if constexpr (kHalf || kBits < 8) {
-    const uint32_t q = fma_pair<T>(codes | both(kM), both(kOne), both(kM | kMinus));
-    return fma_pair<T>(q, both(kTwo), both(number(max_code(kBits)) | kMinus));
+    constexpr uint32_t kFactor = E::kTwo - (kAt << E::kBits);  // 2^(1 - kAt)
+    constexpr uint32_t kTop = E::number((2u << (E::kBits - kAt)) + max_code(kBits)) | E::kMinus;
+    return fma_pair<T>(codes | m, both(kFactor), both(kTop));
+  } else if constexpr (E::kHalf || kBits < 8) {
+    const uint32_t q = fma_pair<T>(codes | m, both(E::kOne), both(E::kM | E::kMinus));
+    return fma_pair<T>(q, both(E::kTwo), both(E::number(max_code(kBits)) | E::kMinus));
   } else {
     // A bf16 has room for 128 + 7 bits: 4 (q / 2) - 255, then 2 more where q is odd.
     const uint32_t half = codes >> 1 & 0x007f007fu;
-    const uint32_t q = fma_pair<T>(half | both(kM), both(kOne), both(kM | kMinus));
-    const uint32_t even = fma_pair<T>(q, both(number(4)), both(number(255) | kMinus));
-    return fma_pair<T>((codes & 0x00010001u) << 14, both(kOne), even);
+    const uint32_t q = fma_pair<T>(half | m, both(E::kOne), both(E::kM | E::kMinus));
+    const uint32_t even = fma_pair<T>(q, both(E::number(4)), both(E::number(255) | E::kMinus));
+    return fma_pair<T>((codes & 0x00010001u) << 14, both(E::kOne), even);
   }
 }
 
 // The levels of a block, in pairs of adjacent codes.
 template <typename T, int kBits, int... kFields>
-__device__ __forceinline__ void decode_fields(const uint32_t* block,
+__device__ __forceinline__ void decode_fields(const uint32_t* block, uint32_t m,
                                               uint32_t (&pairs)[kBlockCodes / 2],
                                               std::integer_sequence<int, kFields...>) {
+  uint32_t behind[kBits];  // bytes 1 and 3 where 0 and 2 were
+#pragma unroll
+  for (int i = 0; i < kBits; ++i) behind[i] = block[i] >> 8;
   const auto decode = [&](auto field) {
     constexpr int kField = decltype(field)::value, kAt = wanted_bit<T, kBits>(kField);
-    constexpr uint32_t kMask = max_code(kBits) * 0x00010001u << kAt;
-    const uint32_t codes = read_field<kBits>(block, kField, kAt);
-    pairs[2 * kField] = levels<T, kBits, kAt>(codes & kMask);
-    pairs[2 * kField + 1] = levels<T, kBits, kAt>(codes >> 8 & kMask);
+    constexpr bool kWhole = kField < 8 / kBits * kBits;  // else put together of leftover bits, once
+    constexpr uint32_t kMask = both(max_code(kBits)) << kAt;
+    const uint32_t first = read_field<kBits>(block, kField, kAt);
+    const uint32_t second = kWhole ? read_field<kBits>(behind, kField, kAt) : first >> 8;
+    pairs[2 * kField] = levels<T, kBits, kAt>(first & kMask, m);
+    pairs[2 * kField + 1] = levels<T, kBits, kAt>(second & kMask, m);
   };
   (decode(std::integral_constant<int, kFields>{}), ...);
 }
@@ -103,9 +118,13 @@ struct WidthRange {
 };
 
 // kUp: of U, else of V.
-template <bool kUp>
+template <typename T, bool kUp>
 class Weights {
  public:
+  // The compiler must not know m, or it takes two instructions to mask codes and put m over them:
+  // one has room for one constant only.
+  __device__ Weights() : m_(__shfl_sync(0xffffffffu, both(Exponent<T>::kM), 0)) {}
+
   __device__ void begin(const Product& product, int thread) {
     line_ = thread;
     whole_words_ = reinterpret_cast<uintptr_t>(product.factor.words) % 16 == 0;
@@ -143,21 +162,22 @@ class Weights {
     for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source[i] : 0u;
   }
 
-  template <typename T>
-  __device__ void store(uint4* tile) const {
+  // Into the tile at a shared address.
+  __device__ void store(uint32_t tile) const {
+    const uint32_t line = tile + 16 * chunk_of(line_, 0);
     for_width(range_.bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
 #pragma unroll
       for (int block = 0; block < kStepBlocks; ++block) {
         uint32_t pairs[kBlockCodes / 2];
-        decode_fields<T, kBits>(words_ + block * kBits, pairs,
+        decode_fields<T, kBits>(words_ + block * kBits, m_, pairs,
                                 std::make_integer_sequence<int, kBlockFields>{});
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           constexpr int kFrom = kUp ? 1 : 4, kStep = kUp ? 4 : 1;  // U's rows are exchanged here
           const uint32_t* chunk = pairs + i * kFrom;
-          tile[chunk_of(line_, block * 4 + i)] =
-              make_uint4(chunk[0], chunk[kStep], chunk[2 * kStep], chunk[3 * kStep]);
+          store_shared(line ^ 16 * (block * 4 + i), make_uint4(chunk[0], chunk[kStep],
+                                                               chunk[2 * kStep], chunk[3 * kStep]));
         }
       }
     });
@@ -171,6 +191,7 @@ class Weights {
     first_block_ = block % kPanelBlocks;
   }
 
+  const uint32_t m_;
   int line_ = 0;
   int component_ = 0;
   WidthRange range_;

@@ -28,6 +28,8 @@ constexpr int kProductRows = 128;
 constexpr int kLineChunks = 8;
 constexpr int kTileChunks = 128 * kLineChunks;
 
+// In tiles at multiples of 1024 bytes, the address of chunk c is that of chunk 0 with c exchanged in
+// place: chunk_of(line, c) == (chunk_of(line, 0) ^ c).
 __device__ __forceinline__ int chunk_of(int line, int chunk) {
   return line * kLineChunks + (chunk ^ line % 8);
 }
@@ -48,14 +50,15 @@ struct EightSums {
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
-  // The product is under way; the tiles are read until wait() says otherwise.
-  __device__ void start(const uint4* tokens, const uint4* rows) {
+  // With tiles at these shared addresses. The product is under way; the tiles are read until wait()
+  // says otherwise.
+  __device__ void start(uint32_t tokens, uint32_t rows) {
     constexpr int kStride = kAlongK ? 2 : 16 * kLineChunks;  // chunks of 16 k
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < kStepCodes / 16; ++k) {
-      wgmma_pairs<T, kAlongK>(sums_, descriptor(tokens, 1) + 2 * k,
-                              descriptor(rows, kAlongK ? 1 : kTileChunks / 2) + kStride * k);
+      wgmma_pairs<T, kAlongK>(sums_, descriptor(tokens / 16 + 2 * k, 1),
+                              descriptor(rows / 16 + kStride * k, kAlongK ? 1 : kTileChunks / 2));
     }
     wgmma_commit();
   }
@@ -82,11 +85,10 @@ class TileProduct {
   }
 
  private:
-  // In chunks: from eight lines to the next eight, and `far` (of a tile along rows) from 64 rows to
-  // the next 64. 128-byte swizzle.
-  __device__ static uint64_t descriptor(const uint4* tile, uint64_t far) {
-    return uint64_t{shared_address(tile) >> 4 & 0x3fffu} | far << 16 |
-           uint64_t{8 * kLineChunks} << 32 | uint64_t{1} << 62;
+  // In chunks: where the tile is; from 64 rows to the next 64, of a tile along rows; from eight
+  // lines to the next eight. 128-byte swizzle.
+  __device__ static uint64_t descriptor(uint32_t tile, uint32_t far) {
+    return uint64_t{1u << 30 | 8 * kLineChunks} << 32 | (tile | far << 16);
   }
 
   float sums_[kProductRows / 2] = {};
@@ -99,27 +101,25 @@ class TileProduct {
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
-  __device__ void start(const uint4* tokens, const uint4* rows) {
+  __device__ void start(uint32_t tokens, uint32_t rows) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
-    const uint32_t token_tile = shared_address(tokens), row_tile = shared_address(rows);
 #pragma unroll
     for (int k = 0; k < kStepCodes / 16; ++k) {
       uint32_t a[kTokenTiles][4];
 #pragma unroll
       for (int m = 0; m < kTokenTiles; ++m) {
-        load_matrices(a[m],
-                      token_tile + 16 * chunk_of(first_token() + 16 * m + matrix % 2 * 8 + row,
-                                                 2 * k + matrix / 2));
+        load_matrices(a[m], tokens + 16 * chunk_of(first_token() + 16 * m + matrix % 2 * 8 + row,
+                                                   2 * k + matrix / 2));
       }
 #pragma unroll
       for (int n = 0; n < kRowTiles; n += 2) {
         uint32_t b[4];  // k 0 .. 7 and 8 .. 15 of 8 rows, then of the next 8
         if constexpr (kAlongK) {
-          load_matrices(b, row_tile + 16 * chunk_of(first_row() + 8 * n + matrix / 2 * 8 + row,
-                                                    2 * k + matrix % 2));
+          load_matrices(b, rows + 16 * chunk_of(first_row() + 8 * n + matrix / 2 * 8 + row,
+                                                2 * k + matrix % 2));
         } else {
           const int line = first_row() + 16 * k + matrix % 2 * 8 + row;
-          load_matrices_transposed(b, row_tile + 16 * chunk_of(line, n + matrix / 2));
+          load_matrices_transposed(b, rows + 16 * chunk_of(line, n + matrix / 2));
         }
 #pragma unroll
         for (int m = 0; m < kTokenTiles; ++m) {

@@ -203,6 +203,10 @@ inline void* dynamic_shared() {
 inline uint32_t shared_address(const void* pointer) {
   return emulator::shared_address(pointer);
 }
+inline void store_shared(uint32_t shared, const uint4& chunk) {
+  if (shared % 16 != 0) emulator::fail("a chunk that is not aligned to 16 bytes");
+  std::memcpy(emulator::shared_pointer(shared, 16), &chunk, 16);
+}
 inline void copy_async_16(uint32_t shared, const void* global) {
   emulator::Block::current().copy_later(emulator::shared_pointer(shared, 16), global, 16);
 }

@@ -45,8 +45,7 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
   const DeltaGemmCudaArgs& call = args.call;
   const unsigned tiles = *args.sorted.tile_count, layers = call.layer_count;
   const unsigned parts = kUp ? 1 : args.parts;
-  const unsigned row_tiles =
-      kUp ? args.row_tiles : static_cast<unsigned>(args.z_width / kTileRows);
+  const unsigned row_tiles = kUp ? args.row_tiles : static_cast<unsigned>(args.z_width / kTileRows);
   const unsigned works = row_tiles * parts * layers * tiles;
   for (unsigned work = blockIdx.x; work < works; work += gridDim.x) {
     const TokenTile tile = args.sorted.tiles[work % tiles];
@@ -98,28 +97,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t bytes = call.x_row_stride * 2;
     const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
                          call.tokens * (bytes / 16) < int64_t{1} << 32;
-    const Rows x = {static_cast<const char*>(call.x), bytes, static_cast<int>(call.in),
-                    args.sorted.order, call.tokens, aligned};
+    const Rows x = {static_cast<const char*>(call.x),
+                    bytes,
+                    static_cast<int>(call.in),
+                    args.sorted.order,
+                    call.tokens,
+                    aligned};
     Producer<T, false> producer(Stages(args.stages), group);
-    for_products<false>(args, [&](const Product& product, int, int, const Entry&) {
-      producer.run(product, x);
-    });
+    for_products<false>(
+        args, [&](const Product& product, int, int, const Entry&) { producer.run(product, x); });
     producer.finish();
     return;
   }
   using Down = Consumer<T, false>;
   Down consumer(Stages(args.stages), group);
   float* scales = Stages(args.stages).behind();
-  for_products<false>(
-      args, [&](const Product& product, int layer, int part, const Entry& entry) {
-        load_scales(reinterpret_cast<const float*>(call.arena + entry.scale_offset), product,
-                    scales);
-        const int64_t at = args.row_of_z(layer, product.first_token) + product.first_row;
-        uint16_t* z = args.parts == 1 ? args.z + at : nullptr;
-        float* z_part = args.z_parts + part * args.part_size() + at;
-        consumer.run(product, StoreZ<typename Down::Sums>{z, z_part, args.z_width,
-                                                          product.tokens, scales});
-      });
+  for_products<false>(args, [&](const Product& product, int layer, int part, const Entry& entry) {
+    load_scales(reinterpret_cast<const float*>(call.arena + entry.scale_offset), product, scales);
+    const int64_t at = args.row_of_z(layer, product.first_token) + product.first_row;
+    uint16_t* z = args.parts == 1 ? args.z + at : nullptr;
+    float* z_part = args.z_parts + part * args.part_size() + at;
+    consumer.run(product,
+                 StoreZ<typename Down::Sums>{z, z_part, args.z_width, product.tokens, scales});
+  });
 }
 
 // z = sum of the parts, in their order. A thread has eight components of a token.
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kJoinThreads)
       float sums[8] = {};
 #pragma unroll 4
       for (int part = 0; part < args.parts; ++part) {
-        const auto* z = reinterpret_cast<const float4*>(args.z_parts + part * args.part_size() + at);
+        const auto* z =
+            reinterpret_cast<const float4*>(args.z_parts + part * args.part_size() + at);
         const float4 low = z[0], high = z[1];
         sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
         sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
@@ -164,9 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     Producer<__nv_bfloat16, true> producer(Stages(args.stages), group);
     for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
       const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
-      producer.run(product,
-                   Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr, call.tokens,
-                        true});
+      producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
+                                 call.tokens, true});
     });
     producer.finish();
     return;
@@ -254,8 +254,8 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
   args.stages = std::clamp(stages / kProducers * kProducers, kProducers, kMaxStages);
   args.parts = scratch.parts;
   for (int i = 0; i < call.layer_count; ++i) {
-    args.row_tiles = std::max(
-        args.row_tiles, static_cast<int>((call.layers[i].out + kTileRows - 1) / kTileRows));
+    args.row_tiles = std::max(args.row_tiles,
+                              static_cast<int>((call.layers[i].out + kTileRows - 1) / kTileRows));
   }
   args.z_width = scratch.z_width;
   args.z = reinterpret_cast<uint16_t*>(base + scratch.z);

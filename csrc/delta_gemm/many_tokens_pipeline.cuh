@@ -35,8 +35,7 @@ struct Stages {
   int count;
   uint32_t address;  // shared
 
-  __device__ explicit Stages(int count)
-      : count(count), address(shared_address(dynamic_shared())) {}
+  __device__ explicit Stages(int count) : count(count), address(shared_address(dynamic_shared())) {}
 
   __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
   __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileChunks * 16; }
@@ -105,8 +104,8 @@ class TokenTiles {
       int64_t at = 0;
 #pragma unroll
       for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
-      const auto* numbers = reinterpret_cast<const uint16_t*>(
-          source_ + at * (rows.aligned ? 16 : rows.row_bytes));
+      const auto* numbers =
+          reinterpret_cast<const uint16_t*>(source_ + at * (rows.aligned ? 16 : rows.row_bytes));
       uint32_t pair[4] = {};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {

@@ -27,8 +27,8 @@ __device__ __forceinline__ uint4 add_eight(const uint4& numbers, const EightSums
 // z = scale · sums, in bf16, or a part of it in fp32.
 template <typename Sums>
 struct StoreZ {
-  uint16_t* z;          // of this product's first token and component; if null, the part:
-  float* part;          // likewise
+  uint16_t* z;  // of this product's first token and component; if null, the part:
+  float* part;  // likewise
   int64_t z_width;
   int tokens;           // of the product
   const float* scales;  // of the tile's components; 0 where there is none
@@ -68,10 +68,10 @@ struct StoreZ {
 template <typename T, typename Sums>
 struct AddToY {
   const DeltaLayer& layer;
-  const int* order;  // of the product's first token
-  int64_t rows;      // of y
-  int tokens;        // of the product
-  int first_output;  // of the tile
+  const int* order;                 // of the product's first token
+  int64_t rows;                     // of y
+  int tokens;                       // of the product
+  int first_output;                 // of the tile
   bool pieces = false;              // whether 16 bytes at a time are too many
   uint16_t* y[Sums::kTokens] = {};  // of a run's first output; null: the token is not there
   uint4 before[Sums::kTokens][Sums::kEights] = {};

@@ -176,8 +176,8 @@ class Weights {
         for (int i = 0; i < 4; ++i) {
           constexpr int kFrom = kUp ? 1 : 4, kStep = kUp ? 4 : 1;  // U's rows are exchanged here
           const uint32_t* chunk = pairs + i * kFrom;
-          store_shared(line ^ 16 * (block * 4 + i), make_uint4(chunk[0], chunk[kStep],
-                                                               chunk[2 * kStep], chunk[3 * kStep]));
+          store_shared(line ^ 16 * (block * 4 + i),
+                       make_uint4(chunk[0], chunk[kStep], chunk[2 * kStep], chunk[3 * kStep]));
         }
       }
     });

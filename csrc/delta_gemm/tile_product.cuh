@@ -28,8 +28,8 @@ constexpr int kProductRows = 128;
 constexpr int kLineChunks = 8;
 constexpr int kTileChunks = 128 * kLineChunks;
 
-// In tiles at multiples of 1024 bytes, the address of chunk c is that of chunk 0 with c exchanged in
-// place: chunk_of(line, c) == (chunk_of(line, 0) ^ c).
+// In tiles at multiples of 1024 bytes, the address of chunk c is that of chunk 0 with c exchanged
+// in place: chunk_of(line, c) == (chunk_of(line, 0) ^ c).
 __device__ __forceinline__ int chunk_of(int line, int chunk) {
   return line * kLineChunks + (chunk ^ line % 8);
 }
@@ -88,7 +88,7 @@ class TileProduct {
   // In chunks: where the tile is; from 64 rows to the next 64, of a tile along rows; from eight
   // lines to the next eight. 128-byte swizzle.
   __device__ static uint64_t descriptor(uint32_t tile, uint32_t far) {
-    return uint64_t{1u << 30 | 8 * kLineChunks} << 32 | (tile | far << 16);
+    return uint64_t{1u << 30 | 8 * kLineChunks} << 32 | (tile + (far << 16));
   }
 
   float sums_[kProductRows / 2] = {};

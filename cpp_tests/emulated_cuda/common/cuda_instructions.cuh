@@ -113,12 +113,12 @@ inline void load_matrices(uint32_t (&out)[4], uint32_t shared_row) {
 }
 
 inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t shared_row) {
-  load_pairs_of_matrices(
-      "load_matrices_transposed", out, shared_row, [](const auto* rows, int lane) {
-        const int row = lane % 4 * 2;
-        return number_of_matrix(*rows[row], lane / 4) |
-               uint32_t{number_of_matrix(*rows[row + 1], lane / 4)} << 16;
-      });
+  load_pairs_of_matrices("load_matrices_transposed", out, shared_row,
+                         [](const auto* rows, int lane) {
+                           const int row = lane % 4 * 2;
+                           return number_of_matrix(*rows[row], lane / 4) |
+                                  uint32_t{number_of_matrix(*rows[row + 1], lane / 4)} << 16;
+                         });
 }
 
 template <typename T>

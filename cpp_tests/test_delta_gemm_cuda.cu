@@ -106,6 +106,24 @@ TEST_F(DeltaGemmCuda, ManyComponents) {
   check<BFloat16>({{wide}, std::vector<int32_t>(129, 0)});
 }
 
+// Rows of x and y and words that may be read 16 bytes at a time, in whole tiles and in cut ones.
+TEST_F(DeltaGemmCuda, WholeTiles) {
+  for (const int64_t out : {256, 392}) {
+    Bank bank{576, out, 4};
+    bank.add({20, 30, 40, 50, 60, 20, 30, 40}, 7);
+    bank.add({1, 2, 3, 4, 5, 20, 70, 33}, 14);
+    Call call = {{bank}, mixed_slots(300)};
+    call.y_gap = 8;
+    check<Half>(call);
+    check<BFloat16>(call);
+  }
+}
+
+// More than one thread of the sort has places for.
+TEST_F(DeltaGemmCuda, VeryManyTokens) {
+  check<BFloat16>({{mixed_bank(31, 33)}, mixed_slots(8500)});
+}
+
 std::vector<Bank> three_layers() {
   return {mixed_bank(300, 520, 4), mixed_bank(300, 64), mixed_bank(300, 1)};
 }

@@ -59,32 +59,41 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t share
                : "memory");
 }
 
+// The same, each matrix transposed: out[i] is column g of rows 2t and 2t + 1.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], uint32_t shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_row)
+               : "memory");
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 #define ADAMIX_8_REGISTERS(d, i)                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ADAMIX_WGMMA(type, d, a, b)                                                                \
+#define ADAMIX_WGMMA(type, d, a, b, transposed)                                                    \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-               "%64, %65, 1, 1, 1, 0, 0;"                                                          \
+               "%64, %65, 1, 1, 1, 0, %66;"                                                        \
                : ADAMIX_8_REGISTERS(d, 0), ADAMIX_8_REGISTERS(d, 8), ADAMIX_8_REGISTERS(d, 16),    \
                  ADAMIX_8_REGISTERS(d, 24), ADAMIX_8_REGISTERS(d, 32), ADAMIX_8_REGISTERS(d, 40),  \
                  ADAMIX_8_REGISTERS(d, 48), ADAMIX_8_REGISTERS(d, 56)                              \
-               : "l"(a), "l"(b))
+               : "l"(a), "l"(b), "n"(transposed))
 
-// Hopper's products of a group of 4 warps, d[64, 128] += a[64, 16] · b[128, 16] transposed, both in
-// shared memory (descriptors as in tile_product.cuh), sums in fp32. Warp w has rows 16w ..: as
-// mma_pairs' c, d[4n ..] being columns 8n ...
-template <typename T>
+// Hopper's products of a group of 4 warps, d[64, 128] += a[64, 16] · b[16, 128], both in shared
+// memory (descriptors as in tile_product.cuh), sums in fp32. a's k lie side by side; b's do if
+// kAlongK, else its columns do. Warp w has rows 16w ..: as mma_pairs' c, d[4n ..] being columns
+// 8n ...
+template <typename T, bool kAlongK>
 __device__ __forceinline__ void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __half>) {
-    ADAMIX_WGMMA("f16", d, a, b);
+    ADAMIX_WGMMA("f16", d, a, b, kAlongK ? 0 : 1);
   } else {
-    ADAMIX_WGMMA("bf16", d, a, b);
+    ADAMIX_WGMMA("bf16", d, a, b, kAlongK ? 0 : 1);
   }
 }
 
@@ -148,6 +157,12 @@ __device__ __forceinline__ void* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t shared, const uint4& chunk) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(chunk.x), "r"(chunk.y),
+               "r"(chunk.z), "r"(chunk.w)
+               : "memory");
 }
 
 // Copies to shared memory that the thread does not wait for. 16 bytes pass by L1: read once.

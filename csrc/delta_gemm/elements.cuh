@@ -173,26 +173,6 @@ class Two {
   T values_[2] = {};
 };
 
-// Elements i and i + 1 of `count` of 16 bits, those that are there; aligned: to 4 bytes.
-__device__ __forceinline__ uint32_t load_pair(const uint16_t* data, int i, int count,
-                                              bool aligned) {
-  if (aligned && i + 1 < count) return *reinterpret_cast<const uint32_t*>(data + i);
-  uint32_t pair = 0;
-  if (i < count) pair = data[i];
-  if (i + 1 < count) pair |= uint32_t{data[i + 1]} << 16;
-  return pair;
-}
-
-__device__ __forceinline__ void store_pair(uint16_t* data, int i, int count, bool aligned,
-                                           uint32_t pair) {
-  if (aligned && i + 1 < count) {
-    *reinterpret_cast<uint32_t*>(data + i) = pair;
-    return;
-  }
-  if (i < count) data[i] = static_cast<uint16_t>(pair);
-  if (i + 1 < count) data[i + 1] = static_cast<uint16_t>(pair >> 16);
-}
-
 // The bits of a whole number 1..255, exact in both types.
 __host__ __device__ constexpr uint32_t bfloat16_bits(uint32_t number) {
   uint32_t exponent = 0;

@@ -12,7 +12,7 @@
 //               V, U   packed words -> levels in bf16 (fp16 for fp16 x), exact
 //   consumers   two groups of 4 warps, 64 tokens each: multiply stages as they come, then write
 //
-//   stage       [128 tokens][64 k] | [128 components or outputs][64 k]     (tile_product.cuh)
+//   stage       tile of 128 tokens | tile of 128 components or outputs     (tile_product.cuh)
 //
 // A stage goes to and fro between them by two named barriers, full and empty.
 namespace adamix {
@@ -33,101 +33,129 @@ constexpr int kConsumerBarrier = 1;
 
 struct Stages {
   int count;
+  uint32_t address;  // shared
 
-  __device__ uint4* tokens(int stage) const {
-    return static_cast<uint4*>(dynamic_shared()) + stage * 2 * kTileChunks;
-  }
-  __device__ uint4* weights(int stage) const { return tokens(stage) + kTileChunks; }
+  __device__ explicit Stages(int count) : count(count), address(shared_address(dynamic_shared())) {}
+
+  __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
+  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileChunks * 16; }
   __device__ int full(int stage) const { return 2 + stage; }
   __device__ int empty(int stage) const { return 2 + kMaxStages + stage; }
-  __device__ float* behind() const { return reinterpret_cast<float*>(tokens(count)); }
-};
-
-// x: rows of tokens wherever they are, [tokens, in].
-struct XRows {
-  const char* data;
-  int64_t row_bytes;
-  int64_t codes;
-  const int* order;
-  int64_t tokens;
-  bool aligned;  // whether 16 bytes at a time may be copied
-
-  __device__ const char* row(int sorted) const {
-    const int token = order[sorted];
-    return token >= 0 && token < tokens ? data + token * row_bytes : nullptr;
+  __device__ float* behind() const {
+    return reinterpret_cast<float*>(static_cast<char*>(dynamic_shared()) + count * kStageBytes);
   }
 };
 
-// z: sorted, padded with zeros.
-struct ZRows {
+// Rows of x or z.
+struct Rows {
   const char* data;
   int64_t row_bytes;
-  int64_t codes;
-  static constexpr bool aligned = true;
-
-  __device__ const char* row(int sorted) const { return data + sorted * row_bytes; }
+  int codes;         // numbers of a row
+  const int* order;  // row of a sorted token; null: they are sorted
+  int64_t count;     // of rows
+  bool aligned;      // whether rows begin at multiples of 16 bytes, less than 2^32 of them away
 };
 
-// 64 k of the tile's tokens; rows that are not there stay as they are, k behind the last is zero.
-template <typename Rows>
-__device__ inline void copy_tokens(const Rows& rows, const Product& product, int step, int thread,
-                                   uint4* tile) {
-  constexpr int kRowChunks = kStepCodes / 8;
-  for (int i = thread; i < product.tokens * kRowChunks; i += kGroupThreads) {
-    const int row = i / kRowChunks, chunk = i % kRowChunks;
-    const char* source = rows.row(product.first_token + row);
-    if (source == nullptr) continue;
-    const int64_t k = int64_t{step} * kStepCodes + chunk * 8;
-    uint4* target = tile + chunk_of(row, chunk);
-    if (rows.aligned && k + 8 <= rows.codes) {
-      copy_async_16(shared_address(target), source + k * 2);
-      continue;
-    }
-    uint32_t pair[4] = {};
-    const auto* numbers = reinterpret_cast<const uint16_t*>(source);
+// A thread's share of the token tiles of one product: one chunk of every 16th line. A line without
+// a token gets any row: nobody reads what becomes of it.
+class TokenTiles {
+ public:
+  // From a step on, every kProducers'th.
+  __device__ void begin(const Rows& rows, const Product& product, int step, int thread) {
+    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
+    const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      if (k + j < rows.codes) pair[j / 2] |= uint32_t{numbers[k + j]} << j % 2 * 16;
+    for (int i = 0; i < kLines; ++i) {
+      int row = 0;
+      if (line + i * kLineStride < product.tokens) {
+        row = product.first_token + line + i * kLineStride;
+        if (rows.order != nullptr) row = rows.order[row];
+      }
+      at_[i] = row >= 0 && row < rows.count ? row * units : 0;
     }
-    *target = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+    k_ = step * kStepCodes + chunk * 8;
+    source_ = rows.data + k_ * 2;
+    target_ = 16 * chunk_of(line, chunk);
   }
-  commit_copies();
-}
+
+  // 64 k, zeros behind the last, into the tile at a shared address.
+  __device__ void copy(const Rows& rows, uint32_t tile) {
+    if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        copy_async_16(tile + target_ + i * kLineBytes, source_ + uint64_t{at_[i]} * 16);
+      }
+    } else {
+      copy_pieces(rows, tile + target_);
+    }
+    commit_copies();
+    k_ += kProducers * kStepCodes;
+    source_ += kProducers * kStepCodes * 2;
+  }
+
+ private:
+  static constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
+  static constexpr int kLines = kTileTokens / kLineStride;
+  static constexpr int kLineBytes = kLineStride * kLineChunks * 16;
+
+  __device__ void copy_pieces(const Rows& rows, uint32_t target) const {
+#pragma unroll 1
+    for (int i = 0; i < kLines; ++i) {
+      int64_t at = 0;
+#pragma unroll
+      for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
+      const auto* numbers =
+          reinterpret_cast<const uint16_t*>(source_ + at * (rows.aligned ? 16 : rows.row_bytes));
+      uint32_t pair[4] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
+      }
+      store_shared(target + i * kLineBytes, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+    }
+  }
+
+  uint32_t at_[kLines];  // of the row: in units of 16 bytes, or in rows that are not aligned
+  const char* source_;
+  int k_;
+  uint32_t target_;
+};
 
 // Producer and consumer walk the same products and count the same steps.
-template <typename T, typename Weights>
+template <typename T, bool kUp>
 class Producer {
  public:
   __device__ Producer(const Stages& stages, int group)
-      : stages_(stages), group_(group), thread_(threadIdx.x % kGroupThreads) {}
+      : stages_(stages), group_(group), stage_(group) {}
 
-  template <typename Rows>
   __device__ void run(const Product& product, const Rows& rows) {
-    weights_.begin(product, thread_);
-    int step = product.first_step + (group_ + kProducers - step_ % kProducers) % kProducers;
-    const int count = product.last_step - product.first_step, begin = step_;
-    if (step < product.last_step) weights_.load(product, step);
+    const int thread = threadIdx.x % kGroupThreads;
+    int step = product.first_step + (group_ + steps_) % kProducers;
+    steps_ += product.last_step - product.first_step;
+    if (step >= product.last_step) return;
+    weights_.begin(product, thread);
+    weights_.load(product, step);
+    tokens_.begin(rows, product, step, thread);
     for (; step < product.last_step; step += kProducers) {
-      const int number = begin + step - product.first_step, stage = number % stages_.count;
       if (stages_.count == kProducers) hand_over();  // or it would wait for itself
-      if (number >= stages_.count) barrier_sync(stages_.empty(stage), kFullThreads);
-      copy_tokens(rows, product, step, thread_, stages_.tokens(stage));
-      weights_.template store<T>(stages_.weights(stage), thread_);
-      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
+      if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
+      tokens_.copy(rows, stages_.tokens(stage_));
+      weights_.store(stages_.weights(stage_));
       wait_copies<1>();  // of the stage before: its copies have had this long
       give_open_stage();
-      open_stage_ = stage;
+      open_stage_ = stage_;
+      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
+      stage_ += kProducers;
+      if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
     }
-    step_ = begin + count;
   }
 
   // At the end: all stages are given over, and every barrier is met by all.
   __device__ void finish() {
     hand_over();
-    for (int number = max(0, step_ - stages_.count); number < step_; ++number) {
-      if (number % kProducers == group_) {
-        barrier_sync(stages_.empty(number % stages_.count), kFullThreads);
-      }
+    const int used = all_used_ ? stages_.count : stage_;
+    for (int stage = group_; stage < used; stage += kProducers) {
+      barrier_sync(stages_.empty(stage), kFullThreads);
     }
   }
 
@@ -146,51 +174,66 @@ class Producer {
 
   const Stages stages_;
   const int group_;
-  const int thread_;
-  Weights weights_;
-  int step_ = 0;         // of all products so far
-  int open_stage_ = -1;  // filled, its copies under way
+  Weights<T, kUp> weights_;
+  TokenTiles tokens_;
+  int steps_ = 0;          // of all products so far
+  int stage_;              // the next one
+  bool all_used_ = false;  // whether it has been filled before
+  int open_stage_ = -1;    // filled, its copies under way
 };
 
-template <typename T>
+template <typename T, bool kUp>
 class Consumer {
  public:
+  using Sums = TileProduct<T, !kUp>;
+
   __device__ Consumer(const Stages& stages, int group) : stages_(stages), group_(group) {}
 
-  // Multiplies all steps of a product, then store(sums, this group's first row of tokens).
-  template <typename Store>
-  __device__ void run(const Product& product, Store store) {
+  // Multiplies all steps of a product. result.begin(this group's first row of tokens) comes as soon
+  // as there is time to wait, result.store(sums) at the end.
+  template <typename Result>
+  __device__ void run(const Product& product, Result result) {
     const int first_row = group_ * kProductTokens;
-    if (first_row >= product.tokens) return pass(product);
-    TileProduct<T> sums;
-    int before = -1;  // the stage that may still be read
-    for (int step = product.first_step; step < product.last_step; ++step, ++step_) {
-      const int stage = step_ % stages_.count;
-      barrier_sync(stages_.full(stage), kFullThreads);
-      sums.start(stages_.tokens(stage) + chunk_of(first_row, 0), stages_.weights(stage));
-      if (before >= 0) {
-        sums.template wait<1>();
-        barrier_arrive(stages_.empty(before), kFullThreads);
-      }
-      before = stage;
+    if (first_row >= product.tokens || product.first_step >= product.last_step) {
+      return pass(product);
+    }
+    Sums sums;
+    start(sums);
+    result.begin(first_row);
+    for (int step = product.first_step + 1; step < product.last_step; ++step) {
+      const int before = stage_;  // may still be read
+      next_stage();
+      start(sums);
+      sums.template wait<1>();
+      barrier_arrive(stages_.empty(before), kFullThreads);
     }
     sums.template wait<0>();
-    if (before >= 0) barrier_arrive(stages_.empty(before), kFullThreads);
-    store(sums, first_row);
+    barrier_arrive(stages_.empty(stage_), kFullThreads);
+    next_stage();
+    result.store(sums);
   }
 
  private:
+  __device__ void start(Sums& sums) const {
+    barrier_sync(stages_.full(stage_), kFullThreads);
+    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineChunks * 16,
+               stages_.weights(stage_));
+  }
+
   // None of the tokens are this group's.
   __device__ void pass(const Product& product) {
-    for (int step = product.first_step; step < product.last_step; ++step, ++step_) {
-      barrier_sync(stages_.full(step_ % stages_.count), kFullThreads);
-      barrier_arrive(stages_.empty(step_ % stages_.count), kFullThreads);
+    for (int step = product.first_step; step < product.last_step; ++step) {
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      barrier_arrive(stages_.empty(stage_), kFullThreads);
+      next_stage();
     }
   }
 
+  __device__ void next_stage() { stage_ = stage_ + 1 == stages_.count ? 0 : stage_ + 1; }
+
   const Stages stages_;
   const int group_;
-  int step_ = 0;
+  int stage_ = 0;
 };
 
 }  // namespace adamix

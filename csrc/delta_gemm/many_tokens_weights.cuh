@@ -4,214 +4,202 @@
 #include "delta_gemm/tile_product.cuh"
 #include "delta_gemm/word_stream.cuh"
 
-// Packed words -> a tile of 16-bit levels, the second operand of a tile product.
+// Packed words -> a tile of 16-bit levels, the second operand of a tile product. A thread makes one
+// line of the tile (tile_product.cuh): the 64 codes of two adjacent blocks of a lane.
+//
+//   V   line l   component exchanged(l) of the tile       its 64 inputs of the step
+//   U   line l   component l % 64 of the step             64 outputs, the tile's first or last
+//
+// Words are loaded a turn ahead, and stay packed in registers until then.
 namespace adamix {
-
-// Consecutive lanes of one width: kNarrow of up to 4 bits, kWide of more, or what is left of the
-// width.
-template <int kNarrow, int kWide = kNarrow>
-struct LaneRun {
-  int index;      // of the runs of the entry
-  int bits;       // 0 behind the last run
-  int first;      // lane, within its width
-  int count;      // lanes of the width
-  int component;  // of the first lane
-  int position;   // of the first lane where every width is padded to whole runs
-  int before;     // words before it for one block of codes
-
-  __device__ static constexpr int lanes_of(int bits) {
-    return bits > kNarrowBits ? kWide : kNarrow;
-  }
-  __device__ static int runs_of(const Counts& counts, int i) {
-    const int lanes = lanes_of(kMaxBits - i);
-    return (counts.at[i] + lanes - 1) / lanes;
-  }
-
-  __device__ void seek(const Counts& counts, int run) {
-    index = run;
-    bits = first = count = component = position = before = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const int runs = runs_of(counts, i), lanes = lanes_of(kMaxBits - i);
-      if (bits != 0) continue;
-      if (run < runs) {
-        bits = kMaxBits - i;
-        first = run * lanes;
-        count = counts.at[i];
-        component += first;
-        position += first;
-        before += first * bits;
-      } else {
-        run -= runs;
-        component += counts.at[i];
-        position += runs * lanes;
-        before += counts.at[i] * (kMaxBits - i);
-      }
-    }
-  }
-
-  __device__ bool last_of_width() const { return first + lanes_of(bits) >= count; }
-
-  __device__ int lanes() const { return min(lanes_of(bits), count - first); }
-  __device__ int end_position() const { return position + lanes_of(bits); }
-};
-
-// Components in z's order: widths descending, each padded to an even number, so that two
-// neighbours share a width.
-using Pair = LaneRun<2>;
-
-__device__ inline int pair_count(const Counts& counts) {
-  int pairs = 0;
-#pragma unroll
-  for (int i = 0; i < kMaxBits; ++i) pairs += (counts.at[i] + 1) / 2;
-  return pairs;
-}
-
-// Two codes, in the low bytes of the halves of a word -> two levels 2q - (2^b - 1), exact.
-template <typename T, int kBits>
-__device__ __forceinline__ uint32_t levels(uint32_t codes) {
-  if constexpr (std::is_same_v<T, __half>) {
-    // 1024 + q by putting q behind 1024's exponent.
-    const uint32_t q = fma_pair<T>(codes | 0x64006400u, 0x3c003c00u, 0xe400e400u);
-    constexpr uint32_t kTop = half_bits(max_code(kBits)) | 0x8000u;
-    return fma_pair<T>(q, 0x40004000u, kTop << 16 | kTop);
-  } else if constexpr (kBits == 8) {
-    // A bf16 has room for 128 + 7 bits: 4 (q / 2) - 255, then 2 more where q is odd.
-    const uint32_t half = codes >> 1 & 0x007f007fu;
-    const uint32_t q = fma_pair<T>(half | 0x43004300u, 0x3f803f80u, 0xc300c300u);
-    const uint32_t even = fma_pair<T>(q, 0x40804080u, 0xc37fc37fu);
-    return fma_pair<T>((codes & 0x00010001u) << 14, 0x3f803f80u, even);
-  } else {
-    const uint32_t q = fma_pair<T>(codes | 0x43004300u, 0x3f803f80u, 0xc300c300u);
-    constexpr uint32_t kTop = bfloat16_bits(max_code(kBits)) | 0x8000u;
-    return fma_pair<T>(q, 0x40004000u, kTop << 16 | kTop);
-  }
-}
 
 // What one product is of. `tokens` are rows of x or z.
 struct Product {
   Factor factor;
   Counts counts;
-  int pairs;       // of components
-  int first_row;   // of the tile: component position or output
+  int rank;
+  int first_row;   // of the tile: component or output
   int first_step;  // of 64 k
   int last_step;
   int first_token;  // sorted
   int tokens;
 };
 
-constexpr int kStepPairs = kStepCodes / 2;
 constexpr int kStepBlocks = kStepCodes / kBlockCodes;
-constexpr int kWords = kStepBlocks * kMaxBits;  // the most that a producer thread decodes at a time
 
-// Loads `count` packed words; a fixed array, so that it stays in registers.
-__device__ __forceinline__ void load_packed(const uint32_t* source, int count,
-                                            uint32_t (&words)[kWords]) {
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = i < count ? __ldg(source + i) : 0u;
+// Where in a byte a field's codes are wanted: where they lie, if that is at a bit from 1 on and
+// within the mantissa of T, else at bit 1, or at 0 if there is no room.
+template <typename T, int kBits>
+ADAMIX_HD constexpr int wanted_bit(int field) {
+  constexpr int kRoom = std::is_same_v<T, __half> ? 8 : 7;
+  const int whole = 8 / kBits;
+  const int bit = field < whole * kBits ? field % whole * kBits : 0;
+  if (bit >= 1 && bit + kBits <= kRoom) return bit;
+  return kBits < kRoom ? 1 : 0;
 }
 
-// V as the second operand: row = component, k = input. A thread makes 64 k of one row.
-struct DownWeights {
-  int bits = 1;
-  int before = 0;
-  uint32_t words[kWords];
+// A number's M = 1024 or 128, whose last mantissa bit counts one: put behind its exponent, a code q
+// from bit a on reads M + 2^a q.
+template <typename T>
+struct Exponent {
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static constexpr uint32_t kBits = kHalf ? 10 : 7;  // of the mantissa
+  static constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u, kTwo = 0x4000u, kMinus = 0x8000u;
+  static constexpr uint32_t kM = kOne + (kBits << kBits);
+
+  ADAMIX_HD static constexpr uint32_t number(uint32_t whole) {
+    return kHalf ? half_bits(whole) : bfloat16_bits(whole);
+  }
+};
+
+ADAMIX_HD constexpr uint32_t both(uint32_t one) {
+  return one << 16 | one;
+}
+
+// Two codes q, from bit kAt of the low bytes of the halves of a word on -> two levels
+// 2q - (2^b - 1), exact. m: both(M).
+template <typename T, int kBits, int kAt>
+__device__ __forceinline__ uint32_t levels(uint32_t codes, uint32_t m) {
+  using E = Exponent<T>;
+  if constexpr (kAt >= 1) {
+    constexpr uint32_t kFactor = E::kTwo - (kAt << E::kBits);  // 2^(1 - kAt)
+    constexpr uint32_t kTop = E::number((2u << (E::kBits - kAt)) + max_code(kBits)) | E::kMinus;
+    return fma_pair<T>(codes | m, both(kFactor), both(kTop));
+  } else if constexpr (E::kHalf || kBits < 8) {
+    const uint32_t q = fma_pair<T>(codes | m, both(E::kOne), both(E::kM | E::kMinus));
+    return fma_pair<T>(q, both(E::kTwo), both(E::number(max_code(kBits)) | E::kMinus));
+  } else {
+    // A bf16 has room for 128 + 7 bits: 4 (q / 2) - 255, then 2 more where q is odd.
+    const uint32_t half = codes >> 1 & 0x007f007fu;
+    const uint32_t q = fma_pair<T>(half | m, both(E::kOne), both(E::kM | E::kMinus));
+    const uint32_t even = fma_pair<T>(q, both(E::number(4)), both(E::number(255) | E::kMinus));
+    return fma_pair<T>((codes & 0x00010001u) << 14, both(E::kOne), even);
+  }
+}
+
+// The levels of a block, in pairs of adjacent codes.
+template <typename T, int kBits, int... kFields>
+__device__ __forceinline__ void decode_fields(const uint32_t* block, uint32_t m,
+                                              uint32_t (&pairs)[kBlockCodes / 2],
+                                              std::integer_sequence<int, kFields...>) {
+  uint32_t behind[kBits];  // bytes 1 and 3 where 0 and 2 were
+#pragma unroll
+  for (int i = 0; i < kBits; ++i) behind[i] = block[i] >> 8;
+  const auto decode = [&](auto field) {
+    constexpr int kField = decltype(field)::value, kAt = wanted_bit<T, kBits>(kField);
+    constexpr bool kWhole = kField < 8 / kBits * kBits;  // else put together of leftover bits, once
+    constexpr uint32_t kMask = both(max_code(kBits)) << kAt;
+    const uint32_t first = read_field<kBits>(block, kField, kAt);
+    const uint32_t second = kWhole ? read_field<kBits>(behind, kField, kAt) : first >> 8;
+    pairs[2 * kField] = levels<T, kBits, kAt>(first & kMask, m);
+    pairs[2 * kField + 1] = levels<T, kBits, kAt>(second & kMask, m);
+  };
+  (decode(std::integral_constant<int, kFields>{}), ...);
+}
+
+// Components of one width: which ones, and where the words of their lanes begin.
+struct WidthRange {
+  int bits = 0;
+  int end = 0;     // the first component behind
+  int origin = 0;  // words before component c for one block of codes: origin + c * bits
+
+  // Needs 0 <= component < rank.
+  __device__ void seek(const Counts& counts, int component) {
+    int first = 0, before = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) {
+      const int width = kMaxBits - i, next = first + counts.at[i];
+      if (component >= first && component < next) {
+        bits = width, end = next, origin = before - first * width;
+      }
+      first = next, before += counts.at[i] * width;
+    }
+  }
+};
+
+// kUp: of U, else of V.
+template <typename T, bool kUp>
+class Weights {
+ public:
+  // The compiler must not know m, or it takes two instructions to mask codes and put m over them:
+  // one has room for one constant only.
+  __device__ Weights() : m_(__shfl_sync(0xffffffffu, both(Exponent<T>::kM), 0)) {}
 
   __device__ void begin(const Product& product, int thread) {
-    const int position = product.first_row + thread;
-    Pair pair;
-    pair.seek(product.counts, min(position / 2, product.pairs - 1));
-    bits = pair.bits;
-    before = pair.before + min(position % 2, pair.lanes() - 1) * bits;
+    line_ = thread;
+    whole_words_ = reinterpret_cast<uintptr_t>(product.factor.words) % 16 == 0;
+    if constexpr (kUp) {
+      range_.end = 0;  // to be sought
+      place(product.factor, product.first_row / kBlockCodes + line_ / kStepCodes * kStepBlocks);
+    } else {
+      component_ = min(product.first_row + exchanged(line_), product.rank - 1);
+      range_.seek(product.counts, component_);
+    }
   }
 
-  // Behind the last input stand any codes: x is zero there.
+  // Behind the last component or input stand any codes: z, or x, is zero there.
   __device__ void load(const Product& product, int step) {
-    const int block = step * kStepBlocks, panel = block / kPanelBlocks;
-    const int blocks = product.factor.blocks(panel);
-    const uint32_t* lane = product.factor.at(panel, before) + block % kPanelBlocks * bits;
-    load_packed(lane, min(kStepBlocks, blocks - block % kPanelBlocks) * bits, words);
+    if constexpr (kUp) {
+      component_ = min(step * kStepCodes + line_ % kStepCodes, product.rank - 1);
+      if (component_ >= range_.end) range_.seek(product.counts, component_);
+    } else {
+      place(product.factor, step * kStepBlocks);
+    }
+    const int before = range_.origin + component_ * range_.bits;
+    const uint32_t* source = panel_ + (before * panel_blocks_ + first_block_ * range_.bits);
+    if (whole_words_ && panel_blocks_ == kPanelBlocks) {
+      for_width(range_.bits, [&](auto width) {
+        constexpr int kCount = kStepBlocks * decltype(width)::value;
+        uint32_t loaded[kCount];
+        load_words(source, loaded);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) words_[i] = loaded[i];
+      });
+      return;
+    }
+    const int count = max(0, min(kStepBlocks, panel_blocks_ - first_block_)) * range_.bits;
+#pragma unroll
+    for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source[i] : 0u;
   }
 
-  template <typename T>
-  __device__ void store(uint4* tile, int thread) const {
-    for_width(bits, [&](auto width) {
+  // Into the tile at a shared address.
+  __device__ void store(uint32_t tile) const {
+    const uint32_t line = tile + 16 * chunk_of(line_, 0);
+    for_width(range_.bits, [&](auto width) {
       constexpr int kBits = decltype(width)::value;
 #pragma unroll
       for (int block = 0; block < kStepBlocks; ++block) {
         uint32_t pairs[kBlockCodes / 2];
-#pragma unroll
-        for (int field = 0; field < kBlockFields; ++field) {
-          const uint32_t codes = read_field<kBits>(words + block * kBits, field);
-          pairs[2 * field] = levels<T, kBits>(codes & 0x00ff00ffu);
-          pairs[2 * field + 1] = levels<T, kBits>(codes >> 8 & 0x00ff00ffu);
-        }
+        decode_fields<T, kBits>(words_ + block * kBits, m_, pairs,
+                                std::make_integer_sequence<int, kBlockFields>{});
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          tile[chunk_of(thread, block * 4 + i)] =
-              make_uint4(pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+          constexpr int kFrom = kUp ? 1 : 4, kStep = kUp ? 4 : 1;  // U's rows are exchanged here
+          const uint32_t* chunk = pairs + i * kFrom;
+          store_shared(line ^ 16 * (block * 4 + i),
+                       make_uint4(chunk[0], chunk[kStep], chunk[2 * kStep], chunk[3 * kStep]));
         }
       }
     });
   }
-};
 
-// U as the second operand: row = output, k = component. A thread makes 32 rows of two components;
-// the lanes of a warp have the same rows, so what they store lies side by side.
-struct UpWeights {
-  int bits = 1;
-  int block = 0;           // of the tile's outputs
-  uint32_t words[kWords];  // of the first component, then of the second
-
-  __device__ void begin(const Product&, int thread) { block = thread / 32; }
-
-  // Behind the last component stand any codes: z is zero there.
-  __device__ void load(const Product& product, int step) {
-    Pair pair;
-    pair.seek(product.counts,
-              min(step * kStepPairs + static_cast<int>(threadIdx.x % 32), product.pairs - 1));
-    bits = pair.bits;
-    const int64_t first_block = product.first_row / kBlockCodes + block;
-    const int panel = static_cast<int>(first_block / kPanelBlocks);
-    const int blocks = product.factor.blocks(panel);
-    const int at = static_cast<int>(first_block % kPanelBlocks);
-    const uint32_t* lane = product.factor.at(panel, pair.before) + at * bits;
-    const int second = pair.lanes() == 2 ? bits * blocks : 0;
-    const bool inside = at < blocks;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const bool read = inside && i < bits;
-      words[i] = read ? __ldg(lane + i) : 0u;
-      words[kMaxBits + i] = read ? __ldg(lane + second + i) : 0u;
-    }
+ private:
+  __device__ void place(const Factor& factor, int block) {
+    const int panel = block / kPanelBlocks;
+    panel_ = factor.words + panel * factor.panel_words;
+    panel_blocks_ = factor.blocks(panel);
+    first_block_ = block % kPanelBlocks;
   }
 
-  template <typename T>
-  __device__ void store(uint4* tile, int thread) const {
-    auto* pairs = reinterpret_cast<uint32_t*>(tile);
-    const int k = thread % 32;  // of the pair
-    const auto put = [&](int code, uint32_t pair) {
-      pairs[chunk_of(block * kBlockCodes + code, k / 4) * 4 + k % 4] = pair;
-    };
-    for_width(bits, [&](auto width) {
-      constexpr int kBits = decltype(width)::value;
-      uint32_t even[kBits], odd[kBits];  // bytes 0 and 1, 2 and 3 of both components
-#pragma unroll
-      for (int i = 0; i < kBits; ++i) {
-        even[i] = __byte_perm(words[i], words[kMaxBits + i], 0x5410);
-        odd[i] = __byte_perm(words[i], words[kMaxBits + i], 0x7632);
-      }
-#pragma unroll
-      for (int field = 0; field < kBlockFields; ++field) {
-        const uint32_t codes[2] = {read_field<kBits>(even, field), read_field<kBits>(odd, field)};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          put(field * kFieldCodes + i, levels<T, kBits>(codes[i] & 0x00ff00ffu));
-          put(field * kFieldCodes + 2 + i, levels<T, kBits>(codes[i] >> 8 & 0x00ff00ffu));
-        }
-      }
-    });
-  }
+  const uint32_t m_;
+  int line_ = 0;
+  int component_ = 0;
+  WidthRange range_;
+  bool whole_words_ = false;  // whether several may be loaded at a time
+  const uint32_t* panel_ = nullptr;
+  int panel_blocks_ = 0;  // of a lane
+  int first_block_ = 0;   // of the panel
+  uint32_t words_[kStepBlocks * kMaxBits];
 };
 
 }  // namespace adamix

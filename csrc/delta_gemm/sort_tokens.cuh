@@ -33,26 +33,33 @@ struct SortTarget {
   int max_tiles;
 };
 
-// Sums over all threads before this one, and over all. Ends with a barrier.
-__device__ inline int2 sum_before_thread(int2 value, int2* warp_sums, int2& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ inline int2 sum_before_lane(int2 value) {
+  const int lane = threadIdx.x % 32;
   int2 sum = value;
+#pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
     const int x = __shfl_up_sync(0xffffffffu, sum.x, distance);
     const int y = __shfl_up_sync(0xffffffffu, sum.y, distance);
     if (lane >= distance) sum.x += x, sum.y += y;
   }
-  if (lane == 31) warp_sums[warp] = sum;
+  return {sum.x - value.x, sum.y - value.y};
+}
+
+// Sums over all threads before this one, and over all. Ends with a barrier.
+__device__ inline int2 sum_before_thread(int2 value, int2* warp_sums, int2& total) {
+  static_assert(kSortThreads == 32 * 32, "a lane for each warp");
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int2 before = sum_before_lane(value);
+  if (lane == 31) warp_sums[warp] = {before.x + value.x, before.y + value.y};
   __syncthreads();
-  int2 before = {sum.x - value.x, sum.y - value.y};
-  total = {0, 0};
-  for (int other = 0; other < static_cast<int>(blockDim.x) / 32; ++other) {
-    const int2 part = warp_sums[other];
-    if (other < warp) before.x += part.x, before.y += part.y;
-    total.x += part.x, total.y += part.y;
-  }
+  const int2 of_warp = warp_sums[lane];
+  const int2 warps = sum_before_lane(of_warp);
+  total = {__shfl_sync(0xffffffffu, warps.x + of_warp.x, 31),
+           __shfl_sync(0xffffffffu, warps.y + of_warp.y, 31)};
+  const int2 sum = {before.x + __shfl_sync(0xffffffffu, warps.x, warp),
+                    before.y + __shfl_sync(0xffffffffu, warps.y, warp)};
   __syncthreads();
-  return before;
+  return sum;
 }
 
 __device__ inline void write_tiles(const SortTarget& target, int tile, int slot, int first,
@@ -68,34 +75,50 @@ __device__ inline int tiles_of(int tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens;
 }
 
-// counters[slot of the token] += 1 for 32 tokens at a time; body(token, counter before it). Once
-// a slot and warp: tokens of one slot, the usual case, would queue for its counter.
-template <typename Body>
-__device__ void count_tokens(const DeltaGemmCudaArgs& args, int* counters, Body body) {
-  const int tokens = static_cast<int>(args.tokens), lane = threadIdx.x % 32;
-  for (int first = 0; first < tokens; first += blockDim.x) {
-    const int token = first + threadIdx.x;
-    int slot = token < tokens ? args.routes.slots[token] : -1;
-    if (slot >= args.capacity) slot = -1;
-    slot = max(slot, -1);
-    const unsigned same = __match_any_sync(0xffffffffu, slot);
-    const int leader = __ffs(same) - 1;
-    int before = 0;
-    if (lane == leader && slot >= 0) before = atomicAdd(&counters[slot], __popc(same));
-    before = __shfl_sync(0xffffffffu, before, leader) + __popc(same & ((1u << lane) - 1u));
-    if (slot >= 0) body(token, before);
-  }
-}
+// Tokens of a thread, 1024 apart: all their slots are on their way at once, and where there are no
+// more they are read and counted once.
+struct SomeTokens {
+  static constexpr int kEach = 8, kAll = kEach * kSortThreads;
 
-// A counting sort. Tokens of a slot may come in any order: a token's result does not depend on it.
-__device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTarget& target,
-                                     int* counters, int2* warp_sums) {
-  const int capacity = static_cast<int>(args.capacity);
-  for (int slot = threadIdx.x; slot < capacity; slot += blockDim.x) counters[slot] = 0;
-  __syncthreads();
-  count_tokens(args, counters, [](int, int) {});
-  __syncthreads();
-  const int each = (capacity + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
+  int slots[kEach];   // -1: none
+  int before[kEach];  // the counter before the token
+
+  __device__ void load(const DeltaGemmCudaArgs& args, int first) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int token = token_of(first, i);
+      slots[i] = token < args.tokens ? args.routes.slots[token] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (slots[i] < 0 || slots[i] >= args.capacity) slots[i] = -1;
+    }
+  }
+
+  // counters[slot] += 1 for every token. Once a slot and warp: tokens of one slot, the usual case,
+  // would queue for its counter.
+  __device__ void count(const DeltaGemmCudaArgs& args, int first, int* counters) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (first + i * kSortThreads >= args.tokens) continue;  // all threads alike
+      const unsigned same = __match_any_sync(0xffffffffu, slots[i]);
+      const int leader = __ffs(same) - 1;
+      int at = 0;
+      if (lane == leader && slots[i] >= 0) at = atomicAdd(&counters[slots[i]], __popc(same));
+      before[i] = __shfl_sync(0xffffffffu, at, leader) + __popc(same & ((1u << lane) - 1u));
+    }
+  }
+
+  __device__ static int token_of(int first, int i) {
+    return first + i * kSortThreads + static_cast<int>(threadIdx.x);
+  }
+};
+
+// From counts of the slots to where their tokens begin; their tiles.
+__device__ inline void place_slots(const SortTarget& target, int capacity, int* counters,
+                                   int2* warp_sums) {
+  const int each = (capacity + kSortThreads - 1) / kSortThreads;
   const int begin = min(capacity, static_cast<int>(threadIdx.x) * each);
   const int end = min(capacity, begin + each);
   int2 here = {0, 0}, total;  // tokens, tiles
@@ -106,12 +129,40 @@ __device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTa
   for (int slot = begin; slot < end; ++slot) {
     const int count = counters[slot];
     write_tiles(target, at.y, slot, at.x, count);
-    counters[slot] = at.x;  // from now on: where the slot's next token goes
+    counters[slot] = at.x;
     at.x += count, at.y += tiles_of(count);
   }
   if (threadIdx.x == 0) *target.tile_count = min(total.y, target.max_tiles);
+}
+
+// A counting sort. Tokens of a slot may come in any order: a token's result does not depend on it.
+__device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTarget& target,
+                                     int* counters, int2* warp_sums) {
+  const int capacity = static_cast<int>(args.capacity), tokens = static_cast<int>(args.tokens);
+  const bool once = tokens <= SomeTokens::kAll;
+  SomeTokens some;
+  some.load(args, 0);
+  for (int slot = threadIdx.x; slot < capacity; slot += kSortThreads) counters[slot] = 0;
   __syncthreads();
-  count_tokens(args, counters, [&](int token, int at_order) { target.order[at_order] = token; });
+  for (int first = 0; first < tokens; first += SomeTokens::kAll) {
+    if (!once) some.load(args, first);
+    some.count(args, first, counters);
+  }
+  __syncthreads();
+  place_slots(target, capacity, counters, warp_sums);
+  __syncthreads();
+  for (int first = 0; first < tokens; first += SomeTokens::kAll) {
+    if (!once) {
+      some.load(args, first);
+      some.count(args, first, counters);
+    }
+#pragma unroll
+    for (int i = 0; i < SomeTokens::kEach; ++i) {
+      if (some.slots[i] < 0) continue;
+      const int at = (once ? counters[some.slots[i]] : 0) + some.before[i];
+      target.order[at] = SomeTokens::token_of(first, i);
+    }
+  }
 }
 
 // Segments are sorted already; order is token_indices itself.

@@ -82,21 +82,43 @@ void mma_pairs(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) 
   for (int i = 0; i < 4; ++i) c[i] += sum.c[i];
 }
 
-inline void load_matrices(uint32_t (&out)[4], uint32_t shared_row) {
+// Number `column` of row `row` of the 8 x 8 matrix whose rows lanes 8i .. name.
+inline uint16_t number_of_matrix(uint32_t row, int column) {
+  if (row % 16 != 0) emulator::fail("a matrix row that is not aligned to 16 bytes");
+  uint16_t bits;
+  std::memcpy(&bits, emulator::shared_pointer(row, 16) + column * 2, sizeof(bits));
+  return bits;
+}
+
+template <typename Pair>
+void load_pairs_of_matrices(const char* what, uint32_t (&out)[4], uint32_t shared_row, Pair pair) {
   struct Out {
     uint32_t pair[4];
   };
   const Out loaded = emulator::Block::current().together<Out>(
-      "load_matrices", shared_row, [](const auto& ins, const auto& outs) {
+      what, shared_row, [&](const auto& ins, const auto& outs) {
         for (int lane = 0; lane < emulator::kWarpLanes; ++lane) {
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t row = *ins[8 * i + lane / 4];
-            if (row % 16 != 0) emulator::fail("a matrix row that is not aligned to 16 bytes");
-            std::memcpy(&outs[lane]->pair[i], emulator::shared_pointer(row, 16) + lane % 4 * 4, 4);
-          }
+          for (int i = 0; i < 4; ++i) outs[lane]->pair[i] = pair(&ins[8 * i], lane);
         }
       });
   for (int i = 0; i < 4; ++i) out[i] = loaded.pair[i];
+}
+
+inline void load_matrices(uint32_t (&out)[4], uint32_t shared_row) {
+  load_pairs_of_matrices("load_matrices", out, shared_row, [](const auto* rows, int lane) {
+    const int column = lane % 4 * 2;
+    return number_of_matrix(*rows[lane / 4], column) |
+           uint32_t{number_of_matrix(*rows[lane / 4], column + 1)} << 16;
+  });
+}
+
+inline void load_matrices_transposed(uint32_t (&out)[4], uint32_t shared_row) {
+  load_pairs_of_matrices("load_matrices_transposed", out, shared_row,
+                         [](const auto* rows, int lane) {
+                           const int row = lane % 4 * 2;
+                           return number_of_matrix(*rows[row], lane / 4) |
+                                  uint32_t{number_of_matrix(*rows[row + 1], lane / 4)} << 16;
+                         });
 }
 
 template <typename T>
@@ -109,35 +131,45 @@ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Number (row, k) of a tile whose rows' first 64 k lie in 128 bytes each, eight rows in a row, then
-// so many bytes to the next eight as the descriptor says; in a line of 1024 bytes the 16-byte
-// chunks of row r are exchanged by r.
-template <typename T>
+// A tile in lines of 128 bytes, eight lines in a row, the 16-byte chunks of line l exchanged by l.
+// Along k, a line holds 64 k of a row, and eight rows are field 32 of the descriptor from the next
+// eight. Else a line holds 64 rows at one k; field 32 leads to the next eight k, field 16 to the
+// next 64 rows.
+template <typename T, bool kAlongK>
 float number_of_tile(uint64_t descriptor, int row, int k) {
   if (descriptor >> 62 != 1) emulator::fail("a tile that is not swizzled by 128 bytes");
   const auto field = [&](int shift) {
     return static_cast<uint32_t>(descriptor >> shift & 0x3fffu) << 4;
   };
-  uint32_t address = field(0) + row / 8 * field(32) + row % 8 * 128 + k * 2;
+  uint32_t address = field(0);
+  if constexpr (kAlongK) {
+    address += row / 8 * field(32) + row % 8 * 128 + k * 2;
+  } else {
+    address += row / 64 * field(16) + k / 8 * field(32) + k % 8 * 128 + row % 64 * 2;
+  }
   address ^= (address >> 7 & 7u) << 4;
   uint16_t bits;
   std::memcpy(&bits, emulator::shared_pointer(address, sizeof(bits)), sizeof(bits));
   return number_of_pair<T>(bits, 0);
 }
 
-template <typename T>
+template <typename T, bool kAlongK>
 void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   emulator::Block::current().product_later([=, sums = &d[0]] {
-    const auto row_of = [](uint64_t descriptor, int row) {
+    const auto row_of = [](auto along_k, uint64_t descriptor, int row) {
       std::array<double, 16> numbers;
-      for (int k = 0; k < 16; ++k) numbers[k] = number_of_tile<T>(descriptor, row, k);
+      for (int k = 0; k < 16; ++k) {
+        numbers[k] = number_of_tile<T, decltype(along_k)::value>(descriptor, row, k);
+      }
       return numbers;
     };
     const int first = 16 * warp + lane / 4;
-    const std::array<double, 16> rows[2] = {row_of(a, first), row_of(a, first + 8)};
+    const std::array<double, 16> rows[2] = {row_of(std::true_type{}, a, first),
+                                            row_of(std::true_type{}, a, first + 8)};
     for (int n = 0; n < 32; ++n) {
-      const auto column = row_of(b, n / 2 * 8 + lane % 4 * 2 + n % 2);
+      const auto column =
+          row_of(std::bool_constant<kAlongK>{}, b, n / 2 * 8 + lane % 4 * 2 + n % 2);
       for (int i = 0; i < 2; ++i) {
         const double sum = std::inner_product(column.begin(), column.end(), rows[i].begin(), 0.0);
         sums[n / 2 * 4 + i * 2 + n % 2] += static_cast<float>(sum);
@@ -170,6 +202,10 @@ inline void* dynamic_shared() {
 
 inline uint32_t shared_address(const void* pointer) {
   return emulator::shared_address(pointer);
+}
+inline void store_shared(uint32_t shared, const uint4& chunk) {
+  if (shared % 16 != 0) emulator::fail("a chunk that is not aligned to 16 bytes");
+  std::memcpy(emulator::shared_pointer(shared, 16), &chunk, 16);
 }
 inline void copy_async_16(uint32_t shared, const void* global) {
   emulator::Block::current().copy_later(emulator::shared_pointer(shared, 16), global, 16);

@@ -1,0 +1,132 @@
+#pragma once
+
+#include "delta_gemm/many_tokens_pipeline.cuh"
+
+// Where the sums of a tile product go: a thread has runs of eight adjacent rows of some tokens, 16
+// bytes of z or y, and the four threads beside each other have 64.
+namespace adamix {
+
+template <typename T>
+__device__ __forceinline__ uint4 round_eight(const float (&values)[8]) {
+  return make_uint4(round_pair<T>(values[0], values[1]), round_pair<T>(values[2], values[3]),
+                    round_pair<T>(values[4], values[5]), round_pair<T>(values[6], values[7]));
+}
+
+// numbers + sums, rounded once.
+template <typename T>
+__device__ __forceinline__ uint4 add_eight(const uint4& numbers, const EightSums& sums) {
+  const uint32_t pairs[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
+  float values[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    values[j] = widen(from_bits<T>(pairs[j / 2] >> j % 2 * 16)) + sums.at[j];
+  }
+  return round_eight<T>(values);
+}
+
+// z = scale · sums, in bf16, or a part of it in fp32.
+template <typename Sums>
+struct StoreZ {
+  uint16_t* z;  // of this product's first token and component; if null, the part:
+  float* part;  // likewise
+  int64_t z_width;
+  int tokens;           // of the product
+  const float* scales;  // of the tile's components; 0 where there is none
+  int first_row = 0;
+
+  __device__ void begin(int row) { first_row = row; }
+
+  __device__ void store(const Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < Sums::kTokens; ++i) {
+      const int token = first_row + sums.token(i);
+      if (token >= tokens) continue;
+#pragma unroll
+      for (int n = 0; n < Sums::kEights; ++n) {
+        const int64_t at = token * z_width + sums.row(n);
+        float values[8];
+        scale(sums.eight(i, n), scales + sums.row(n), values);
+        if (z != nullptr) {
+          *reinterpret_cast<uint4*>(z + at) = round_eight<__nv_bfloat16>(values);
+        } else {
+          auto* target = reinterpret_cast<float4*>(part + at);
+          target[0] = make_float4(values[0], values[1], values[2], values[3]);
+          target[1] = make_float4(values[4], values[5], values[6], values[7]);
+        }
+      }
+    }
+  }
+
+  // A component that is not there has the codes of another: its sum must not count, even if NaN.
+  __device__ static void scale(const EightSums& sums, const float* scales, float (&values)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] = scales[j] != 0.0f ? scales[j] * sums.at[j] : 0.0f;
+  }
+};
+
+// y += sums. Where there are registers for it, y is on its way while the sums grow.
+template <typename T, typename Sums>
+struct AddToY {
+  const DeltaLayer& layer;
+  const int* order;                 // of the product's first token
+  int64_t rows;                     // of y
+  int tokens;                       // of the product
+  int first_output;                 // of the tile
+  bool pieces = false;              // whether 16 bytes at a time are too many
+  uint16_t* y[Sums::kTokens] = {};  // of a run's first output; null: the token is not there
+  uint4 before[Sums::kTokens][Sums::kEights] = {};
+
+  __device__ void begin(int first_row) {
+    pieces = reinterpret_cast<uintptr_t>(layer.y) % 16 != 0 || layer.y_row_stride % 8 != 0 ||
+             first_output + kTileRows > layer.out;
+#pragma unroll
+    for (int i = 0; i < Sums::kTokens; ++i) {
+      const int sorted = first_row + Sums::token(i);
+      const int token = sorted < tokens ? order[sorted] : -1;
+      if (token < 0 || token >= rows) continue;
+      y[i] = static_cast<uint16_t*>(layer.y) + token * layer.y_row_stride + first_output +
+             Sums::row(0);
+      if (Sums::kRoom && !pieces) load(i);
+    }
+  }
+
+  __device__ void load(int i) {
+#pragma unroll
+    for (int n = 0; n < Sums::kEights; ++n) {
+      before[i][n] = *reinterpret_cast<const uint4*>(y[i] + 32 * n);
+    }
+  }
+
+  __device__ void store(const Sums& sums) {
+#pragma unroll
+    for (int i = 0; i < Sums::kTokens; ++i) {
+      if (y[i] == nullptr) continue;
+      if (pieces) {
+        add_pieces(sums, i);
+        continue;
+      }
+      if (!Sums::kRoom) load(i);
+#pragma unroll
+      for (int n = 0; n < Sums::kEights; ++n) {
+        *reinterpret_cast<uint4*>(y[i] + 32 * n) = add_eight<T>(before[i][n], sums.eight(i, n));
+      }
+    }
+  }
+
+  __device__ void add_pieces(const Sums& sums, int i) const {
+    const int64_t left = layer.out - first_output - Sums::row(0);
+#pragma unroll
+    for (int n = 0; n < Sums::kEights; ++n) {
+      const EightSums eight = sums.eight(i, n);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        uint16_t* one = y[i] + 32 * n + j;
+        if (32 * n + j >= left) continue;
+        const float sum = widen(from_bits<T>(*one)) + eight.at[j];
+        *one = static_cast<uint16_t>(round_pair<T>(sum, 0.0f));
+      }
+    }
+  }
+};
+
+}  // namespace adamix

@@ -88,6 +88,13 @@ inline int __float2int_rn(float value) {
   return static_cast<int>(std::nearbyint(value));
 }
 
+inline int __float2int_ru(float value) {
+  return static_cast<int>(std::ceil(value));
+}
+
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
 inline float __fdiv_rn(float a, float b) {
   return a / b;
 }

@@ -41,9 +41,15 @@ __host__ __device__ constexpr int x_plane_bytes(int panels) {
   return panels * kPanelCodes + 16;  // 16: planes begin in different banks
 }
 
+// A warp's share of (tiles of a batch) x (panels of a chunk): where it begins, how many.
+struct alignas(16) DownShare {
+  int tile, panel, stages;
+};
+
 struct alignas(16) DownShared {
   SharedRoutes routes;
   Run tiles[kDownTiles];  // of the batch
+  DownShare shares[kMaxDownWarps];
   int32_t sums[kDownTiles][kColumns][kDownLanes];
   float scales[kDownTiles][kDownLanes];
   uint32_t largest[kGroupTokens][32];  // of each warp's values
@@ -102,6 +108,7 @@ class Down {
       begin_x(Tokens{0, -1});
       __syncwarp();
       if (routes) route.take_part(shared_.routes, cut);
+      measured_ = true;
     } else {
       find_route(args_, shared_.routes, cut);
     }
@@ -131,14 +138,17 @@ class Down {
   }
 
   __device__ void run_batch(int first_tile, int tiles) {
+    zero_words(shared_.sums, tiles * kColumns * kDownLanes);
     const int i = threadIdx.x;
-    if (i < kDownTiles) {
+    if (i < 32) {
       Run run = {0, 0, 0, 0};
       if (i < tiles) run = DownRuns::at(entry_->counts, first_tile + i);
       shared_.tiles[i] = run;
+      share_stages(run, tiles, chunk_panels_);
     }
-    zero_words(shared_.sums, tiles * kColumns * kDownLanes);
+    if (measured_ && !loaded_ && chunk_panels_ == panels_) load_x(0, panels_);
     __syncthreads();  // x is measured, too
+    measured_ = true;
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
       run_chunk(panel, min(panels_, panel + chunk_panels_), tiles);
     }
@@ -158,44 +168,36 @@ class Down {
     commit_copies();
   }
 
-  // Warps have shares of equal cost: words of (tile, panel), tiles outside.
-  struct Share {
-    int tile, panel, stages;
-  };
-
-  __device__ Share share_of_warp(int width) const {
-    const Run run = shared_.tiles[threadIdx.x % kDownTiles];
+  // Warps have shares of equal cost: words of (tile, panel), tiles outside. By one warp, whose
+  // lanes know a tile each, for all.
+  __device__ void share_stages(const Run& run, int tiles, int width) {
+    const int lane = threadIdx.x, warps = blockDim.x / 32;
     const int cost = run.block_words();  // a panel
-    const int begin = __reduce_add_sync(kWarp, threadIdx.x % 32 == 0 ? run.before : 0);
-    const int total = __reduce_add_sync(kWarp, cost) * width;
-    const int before = (run.before - begin) * width;
-    const auto stage_at = [&](int words, int& panel) {
-      const unsigned begun = __ballot_sync(kWarp, cost != 0 && before <= words);
-      int tile = 31 - __clz(begun);
-      const int left = words - __shfl_sync(kWarp, before, tile);
-      const int each = __shfl_sync(kWarp, cost, tile);
-      panel = (left + each - 1) / each;
-      if (panel >= width) panel = 0, ++tile;
-      return tile;
-    };
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int panel, last_panel;
-    const int tile = stage_at(total * warp / warps, panel);
-    const int last = stage_at(total * (warp + 1) / warps, last_panel);
-    return {tile, panel, (last - tile) * width + last_panel - panel};
+    const int before = (run.before - __shfl_sync(kWarp, run.before, 0)) * width;
+    const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
+    int tile = 0;  // the last that begins before or there
+#pragma unroll
+    for (int step = kDownTiles / 2; step > 0; step /= 2) {
+      const int there = __shfl_sync(kWarp, before, tile + step);
+      if (tile + step < tiles && there <= begin) tile += step;
+    }
+    const int left = begin - __shfl_sync(kWarp, before, tile),
+              each = __shfl_sync(kWarp, cost, tile);
+    const int stage = tile * width + (left + each - 1) / each;
+    const int stages = __shfl_down_sync(kWarp, stage, 1) - stage;
+    tile = stage / width;
+    if (lane < warps) shared_.shares[lane] = {tile, stage - tile * width, stages};
   }
 
   __device__ void run_chunk(int first_panel, int last_panel, int tiles) {
-    if (!loaded_) {
-      if (first_panel > 0) __syncthreads();  // the digits of the chunk before are read
-      load_x(first_panel, last_panel);       // before words are in its way
-    }
+    const bool loads = !loaded_;
+    if (loads) load_x(first_panel, last_panel);  // before words are in its way
     if (first_panel == 0) fetch_scales(tiles);
-    const Share share = share_of_warp(last_panel - first_panel);
+    const DownShare share = shared_.shares[threadIdx.x / 32];
     DownStream stream({shared_.tiles, factor_, first_panel, last_panel, share.tile,
                        first_panel + share.panel, share.stages},
                       ring_);
-    __syncthreads();
+    if (loads) __syncthreads();
     const int8_t* x = x_planes_ + plane_of_thread(tokens_) * x_plane_bytes(chunk_panels_);
     int tile = share.tile, panel = share.panel;
     for (int left = share.stages; left > 0;) {
@@ -219,6 +221,11 @@ class Down {
     }
     wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
+    if (last_panel == panels_) return;
+    // The last chunk may be narrower.
+    const int width = min(chunk_panels_, panels_ - last_panel);
+    if (threadIdx.x < 32) share_stages(shared_.tiles[threadIdx.x], tiles, width);
+    __syncthreads();
   }
 
   // Rows g and g + 8 of a thread's two columns.
@@ -238,7 +245,7 @@ class Down {
   // A group's tokens, and each warp's part of their largest values. A barrier must follow.
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
-    loaded_ = false;
+    loaded_ = measured_ = false;
     // Chunks of panels, all about as large; a group of one token has half the digits.
     const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
     const int chunks = (panels_ + room - 1) / room;
@@ -353,7 +360,8 @@ class Down {
   const Entry* entry_ = nullptr;
   Factor factor_;
   Tokens tokens_ = {-1, -1};
-  bool loaded_ = false;  // whether all their digits are in shared memory
+  bool measured_ = false;  // whether their largest values are in shared memory
+  bool loaded_ = false;    // whether all their digits are
 };
 
 template <typename T>

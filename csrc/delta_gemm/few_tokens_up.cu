@@ -127,7 +127,7 @@ class Up {
     const int runs = UpRuns::count(entry_->counts);
     const int first_end = UpRuns::end_until(entry_->counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
-    alone_ = last_panel - first_panel == 1 && first_end == runs;
+    alone_ = last_panel - first_panel == 1 && first_end == runs && blockDim.x >= kPanelCodes;
     if (!alone_) zero_words(sums_, (last_panel - first_panel) * panel_words_);
     for (int first = 0, last = first_end; first < runs;) {
       if (!have_z_ || first_end < runs) list_runs(first, last);
@@ -191,7 +191,7 @@ class Up {
         {shared_.runs, runs, factor_, first_panel + share.panel, share.run, share.stages}, ring_);
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
-    prefetch_y(first_panel, last_panel);
+    fetch_y(first_panel, last_panel);
     load_z(first_run, runs);
 
     const int first_position = shared_.runs[0].position;
@@ -310,18 +310,22 @@ class Up {
     __syncthreads();
   }
 
-  // A line of 128 bytes a thread; one that lies across two is met by its neighbour but for the
-  // last.
-  __device__ void prefetch_y(int first_panel, int last_panel) const {
+  // y on its way: into registers where a thread has one output, else into L2, a line of 128 bytes a
+  // thread; one that lies across two is met by its neighbour but for the last.
+  __device__ void fetch_y(int first_panel, int last_panel) {
     const DeltaLayer& layer = args_.layers[layer_];
-    const int64_t size = args_.element == Element::kFloat ? 4 : 2, line = 128 / size;
-    const int64_t o = int64_t{first_panel} * kPanelCodes + threadIdx.x * line;
-    if (o >= min(out_, int64_t{last_panel} * kPanelCodes)) return;
+    const int size = args_.element == Element::kFloat ? 4 : 2, each = alone_ ? 1 : 128 / size;
+    const int o = first_panel * kPanelCodes + static_cast<int>(threadIdx.x) * each;
+    if (o >= min(static_cast<int>(out_), last_panel * kPanelCodes)) return;
 #pragma unroll
     for (int token = 0; token < kGroupTokens; ++token) {
       if (tokens_.id[token] < 0) continue;
       const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
-      prefetch(static_cast<const char*>(layer.y) + at * size);
+      if (alone_) {
+        y_[token] = load_element(layer.y, at, args_.element);
+      } else {
+        prefetch(static_cast<const char*>(layer.y) + at * size);
+      }
     }
   }
 
@@ -357,9 +361,8 @@ class Up {
           return static_cast<float>(2 * sum_of(i, token) - offset) * unit;
         };
         if (alone_) {
-          for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-            y[i] = narrow<T>(widen(y[i]) + delta(i));
-          }
+          const int i = threadIdx.x;
+          if (i < outputs) y[i] = narrow<T>((token == 0 ? y_[0] : y_[1]) + delta(i));
           continue;
         }
 #pragma unroll 2
@@ -385,6 +388,7 @@ class Up {
   int panel_words_ = 0;  // of sums
   bool have_z_ = false;  // its digits, or at least its unit
   bool alone_ = false;
+  float y_[kGroupTokens];  // of the thread's output, if alone
   bool waited_ = false;
 };
 

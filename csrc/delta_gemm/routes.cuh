@@ -138,7 +138,22 @@ __device__ __forceinline__ T sum_until_lane(T value) {
 // What a second entry costs a thread block beside its words, in units of kCostWords: x or z is
 // prepared again, and the pipeline runs empty and fills.
 constexpr int kCostWords = 64;
-constexpr float kVisitCost = 16384.0f / kCostWords;
+constexpr float kVisitCost = 32768.0f / kCostWords;
+
+// So many parts of each entry, lane e's, that the largest is small and there are no more than
+// `blocks`. By one warp.
+__device__ __forceinline__ int parts_of(int cost, float each, int blocks, float& largest) {
+  // Of twice the mean there are few enough where blocks are at least twice the entries.
+  float low = each, high = 2.0f * each;
+#pragma unroll 1
+  for (int i = 0; i < 5; ++i) {
+    const float middle = 0.5f * (low + high);
+    const int parts = __reduce_add_sync(0xffffffffu, __float2int_ru(__fdividef(cost, middle)));
+    (parts <= blocks ? high : low) = middle;
+  }
+  largest = high;
+  return __float2int_ru(__fdividef(cost, high));
+}
 
 // What the first warp finds alone, without a barrier, where there are at most 32 entries: first the
 // slots, then groups and entries, then parts; other work in between hides that memory is far.
@@ -191,13 +206,12 @@ class WarpRoute {
     const int cost = static_cast<int>((words + kCostWords - 1) / kCostWords);
     const float each =
         static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
-    int parts = tiles;
     const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
-    if (!by_tile) parts = works ? max(1, static_cast<int>(static_cast<float>(cost) / each)) : 0;
+    float largest = 0.0f;
+    const int parts = by_tile ? tiles : parts_of(cost, each, blocks, largest);
     const int last = sum_until_lane(parts);
-    const float part = works ? static_cast<float>(cost) / static_cast<float>(parts) : 0.0f;
-    const bool whole = by_tile || (__shfl_sync(0xffffffffu, last, 31) <= blocks &&
-                                   __all_sync(0xffffffffu, part <= each + kVisitCost));
+    const bool whole =
+        by_tile || (__shfl_sync(0xffffffffu, last, 31) <= blocks && largest <= each + kVisitCost);
     routes.whole = whole;
     if (!whole) return share_costs(routes, words);
     const unsigned behind = __ballot_sync(0xffffffffu, last > block);

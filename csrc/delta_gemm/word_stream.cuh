@@ -130,14 +130,14 @@ struct Runs {
 // One factor of one delta.
 struct Factor {
   const uint32_t* words;
-  int64_t panel_words;  // of a full panel
+  int panel_words;  // of a full panel
   int panels;
   int last_blocks;  // of a lane in the last panel
   int even_panels;  // so many of the first may be copied 16 bytes at a time, whole
 
   __device__ int blocks(int panel) const { return panel + 1 < panels ? kPanelBlocks : last_blocks; }
   __device__ const uint32_t* at(int panel, int64_t words_before) const {
-    return words + panel * panel_words + words_before * blocks(panel);
+    return words + int64_t{panel} * panel_words + words_before * blocks(panel);
   }
 };
 
@@ -145,8 +145,8 @@ __device__ inline Factor make_factor(const uint32_t* words, const Counts& counts
   const int panels = static_cast<int>(panel_count(codes));
   const int last_blocks = panel_blocks(codes, panels - 1);
   const bool aligned = reinterpret_cast<uintptr_t>(words) % 16 == 0;
-  return {words, block_column_words(counts.at) * kPanelBlocks, panels, last_blocks,
-          !aligned ? 0 : panels - (last_blocks < kPanelBlocks)};
+  return {words, static_cast<int>(block_column_words(counts.at) * kPanelBlocks), panels,
+          last_blocks, !aligned ? 0 : panels - (last_blocks < kPanelBlocks)};
 }
 
 // A panel that is narrower or not aligned, word by word; every lane where it is in a whole stage.

@@ -119,6 +119,11 @@ inline int __clz(int bits) {
   return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits));
 }
 
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  const unsigned low = std::max(a & 0xffffu, b & 0xffffu), high = std::max(a >> 16, b >> 16);
+  return high << 16 | low;
+}
+
 inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; ++i) {
     sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);

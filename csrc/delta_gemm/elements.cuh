@@ -120,12 +120,27 @@ struct alignas(16) Eight {
     }
   }
 
-  // Of the largest in magnitude, as an fp32's; a NaN is above all.
-  __device__ __forceinline__ uint32_t largest_bits() const {
-    uint32_t largest = 0;
+  // The largest magnitude of these and those before, 0 at first: magnitudes order as their bits
+  // do, a NaN above all. Two at a time where two are in a word.
+  __device__ __forceinline__ uint32_t largest(uint32_t before) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(value(i)) & 0x7fffffffu);
-    return largest;
+    for (int j = 0; j < kWords; ++j) {
+      if constexpr (std::is_same_v<T, float>) {
+        before = max(before, words[j] & 0x7fffffffu);
+      } else {
+        before = __vmaxu2(before, words[j] & 0x7fff7fffu);
+      }
+    }
+    return before;
+  }
+
+  // As the bits of an fp32.
+  __device__ __forceinline__ static uint32_t bits_of_largest(uint32_t largest) {
+    if constexpr (std::is_same_v<T, float>) {
+      return largest;
+    } else {
+      return __float_as_uint(widen(from_bits<T>(max(largest & 0xffffu, largest >> 16))));
+    }
   }
 
  private:

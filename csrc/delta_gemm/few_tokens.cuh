@@ -74,9 +74,10 @@ __device__ inline int64_t read_sum(const int32_t* tile, int column_stride, int r
   return join_digits(high[0], high[column_stride], high[2 * column_stride]);
 }
 
+// A multiple of four words, aligned to 16 bytes.
 __device__ inline void zero_words(void* words, int count) {
-  auto* data = static_cast<int32_t*>(words);
-  for (int i = threadIdx.x; i < count; i += blockDim.x) data[i] = 0;
+  auto* data = static_cast<uint4*>(words);
+  for (int i = threadIdx.x; i < count / 4; i += blockDim.x) data[i] = make_uint4(0, 0, 0, 0);
 }
 
 // As many warps as get a ring each.

@@ -20,16 +20,14 @@ struct DownTiles {
   int panels;
 
   __device__ int tiles(int, const Entry& entry) const { return DownRuns::count(entry.counts); }
-  __device__ int64_t words(int, const Entry& entry) const {
-    return int64_t{panels} * block_column_words(entry.counts.at) * kPanelBlocks;
+  __device__ int64_t cost(int, const Entry& entry) const {
+    return int64_t{panels} * DownRuns::cost(entry.counts);
   }
   __device__ int tile_at(int, const Entry& entry, int part, int parts) const {
-    const int words = static_cast<int>(block_column_words(entry.counts.at));
-    return DownRuns::begin_before(entry.counts, words * part / parts);
+    return DownRuns::begin_before(entry.counts, DownRuns::cost(entry.counts) * part / parts);
   }
-  __device__ int tile_from(int, const Entry& entry, int64_t words) const {
-    const int each = panels * kPanelBlocks;
-    return DownRuns::begin_before(entry.counts, static_cast<int>((words + each - 1) / each));
+  __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
+    return DownRuns::begin_before(entry.counts, static_cast<int>((cost + panels - 1) / panels));
   }
 };
 
@@ -146,9 +144,6 @@ class Down {
       shared_.tiles[i] = run;
       share_stages(run, tiles, chunk_panels_);
     }
-    if (measured_ && !loaded_ && chunk_panels_ == panels_) load_x(0, panels_);
-    __syncthreads();  // x is measured, too
-    measured_ = true;
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
       run_chunk(panel, min(panels_, panel + chunk_panels_), tiles);
     }
@@ -172,8 +167,9 @@ class Down {
   // lanes know a tile each, for all.
   __device__ void share_stages(const Run& run, int tiles, int width) {
     const int lane = threadIdx.x, warps = blockDim.x / 32;
-    const int cost = run.block_words();  // a panel
-    const int before = (run.before - __shfl_sync(kWarp, run.before, 0)) * width;
+    const int cost = lane < tiles ? run.block_words() + kStageWords : 0;  // a panel
+    const int before =
+        (run.before - __shfl_sync(kWarp, run.before, 0) + lane * kStageWords) * width;
     const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
     int tile = 0;  // the last that begins before or there
 #pragma unroll
@@ -190,14 +186,19 @@ class Down {
   }
 
   __device__ void run_chunk(int first_panel, int last_panel, int tiles) {
-    const bool loads = !loaded_;
-    if (loads) load_x(first_panel, last_panel);  // before words are in its way
+    // x is measured and the shares are known before a barrier, digits are loaded behind one; words
+    // come last, or they would be in the way of x.
+    const bool known = !measured_, loads = !loaded_;
+    if (known) __syncthreads();
+    measured_ = true;
+    if (loads) load_x(first_panel, last_panel);
+    if (!known) __syncthreads();
     if (first_panel == 0) fetch_scales(tiles);
     const DownShare share = shared_.shares[threadIdx.x / 32];
     DownStream stream({shared_.tiles, factor_, first_panel, last_panel, share.tile,
                        first_panel + share.panel, share.stages},
                       ring_);
-    if (loads) __syncthreads();
+    if (known && loads) __syncthreads();
     const int8_t* x = x_planes_ + plane_of_thread(tokens_) * x_plane_bytes(chunk_panels_);
     int tile = share.tile, panel = share.panel;
     for (int left = share.stages; left > 0;) {
@@ -221,11 +222,9 @@ class Down {
     }
     wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
-    if (last_panel == panels_) return;
     // The last chunk may be narrower.
     const int width = min(chunk_panels_, panels_ - last_panel);
-    if (threadIdx.x < 32) share_stages(shared_.tiles[threadIdx.x], tiles, width);
-    __syncthreads();
+    if (width > 0 && threadIdx.x < 32) share_stages(shared_.tiles[threadIdx.x], tiles, width);
   }
 
   // Rows g and g + 8 of a thread's two columns.
@@ -257,9 +256,9 @@ class Down {
       for (int64_t k = threadIdx.x * 8; k < args_.in; k += blockDim.x * 8) {
         Eight<T> eight;
         eight.load(x_row(i), k, args_.in, vector_x());
-        largest = max(largest, eight.largest_bits());
+        largest = eight.largest(largest);
       }
-      put_warp_max(largest, shared_.largest[i]);
+      put_warp_max(Eight<T>::bits_of_largest(largest), shared_.largest[i]);
     }
   }
 

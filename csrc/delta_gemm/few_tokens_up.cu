@@ -9,7 +9,7 @@
 namespace adamix {
 namespace {
 
-constexpr int kUpPositions = 2048;  // components whose z is in shared memory at a time
+constexpr int kUpPositions = 1536;  // components whose z is in shared memory at a time
 constexpr int kUpRuns = kUpPositions / 16;
 constexpr int kMaxUpWarps = 12;  // of 168 registers: 64 of them hold sums
 constexpr int kUpDepth = 3;
@@ -29,26 +29,25 @@ struct UpTiles {
   __device__ int tiles(int layer, const Entry&) const {
     return static_cast<int>(panel_count(layers[layer].out));
   }
-  __device__ int64_t words(int layer, const Entry& entry) const {
-    return tiles(layer, entry) * block_column_words(entry.counts.at) * kPanelBlocks;
+  __device__ int64_t cost(int layer, const Entry& entry) const {
+    return int64_t{tiles(layer, entry)} * UpRuns::cost(entry.counts);
   }
   __device__ int tile_at(int layer, const Entry& entry, int part, int parts) const {
     return tiles(layer, entry) * part / parts;
   }
-  __device__ int tile_from(int, const Entry& entry, int64_t words) const {
-    const int64_t each = block_column_words(entry.counts.at) * kPanelBlocks;
-    return static_cast<int>((words + each - 1) / each);
+  __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
+    const int each = UpRuns::cost(entry.counts);
+    return static_cast<int>((cost + each - 1) / each);
   }
 };
 
 struct UpPlan {
-  int sum_words;  // for the sums of a batch's panels
+  int pool_words;  // for the digits of z and the sums of a batch's panels
 };
 
 struct alignas(16) UpShared {
   SharedRoutes routes;
-  Run runs[kUpRuns];  // of the chunk
-  int8_t z[kColumns][kZPlaneBytes];
+  Run runs[kUpRuns];                   // of the chunk
   uint8_t top_codes[kUpRuns];          // the largest code of the width of 16 positions
   uint32_t largest[kGroupTokens][32];  // of each warp's values
   Unit units[kGroupTokens];            // of z
@@ -89,9 +88,9 @@ class Up {
  public:
   __device__ Up(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
       : args_(args), plan_(plan), shared_(shared) {
-    sums_ = reinterpret_cast<int32_t*>(&shared + 1);
-    auto* rings = reinterpret_cast<uint32_t*>(sums_ + plan.sum_words);
-    ring_ = rings + threadIdx.x / 32 * kUpRingWords;
+    rings_ = reinterpret_cast<uint32_t*>(&shared + 1);
+    ring_ = rings_ + threadIdx.x / 32 * kUpRingWords;
+    z_planes_ = reinterpret_cast<int8_t*>(rings_ + blockDim.x / 32 * kUpRingWords);
   }
 
   __device__ void run() {
@@ -112,10 +111,13 @@ class Up {
     out_ = args_.layers[layer].out;
     factor_ = make_factor(args_.arena + entry.u_offset, entry.counts, out_);
     tokens_ = {shared_.routes.group_token[group][0], shared_.routes.group_token[group][1]};
-    panel_words_ = (tokens_.id[1] < 0 ? kDigits : kColumns) * kUpColumnStride;
+    const int columns = tokens_.id[1] < 0 ? kDigits : kColumns;
+    sums_ = reinterpret_cast<int32_t*>(z_planes_ + columns * kZPlaneBytes);
+    panel_words_ = columns * kUpColumnStride;
     have_z_ = false;
     // Batches of panels, all about as large.
-    const int room = plan_.sum_words / panel_words_, panels = part.end - part.begin;
+    const int room = (plan_.pool_words - columns * kZPlaneBytes / 4) / panel_words_;
+    const int panels = part.end - part.begin;
     const int batches = (panels + room - 1) / room;
     for (int batch = 0; batch < batches; ++batch) {
       run_batch(part.begin + panels * batch / batches, part.begin + panels * (batch + 1) / batches);
@@ -125,7 +127,8 @@ class Up {
   __device__ void run_batch(int first_panel, int last_panel) {
     __syncthreads();  // the sums of the batch before are read
     const int runs = UpRuns::count(entry_->counts);
-    const int first_end = UpRuns::end_until(entry_->counts, kUpPositions);
+    const int first_end =
+        positions() <= kUpPositions ? runs : UpRuns::end_until(entry_->counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
     alone_ = last_panel - first_panel == 1 && first_end == runs && blockDim.x >= kPanelCodes;
     if (!alone_) zero_words(sums_, (last_panel - first_panel) * panel_words_);
@@ -163,13 +166,15 @@ class Up {
   __device__ Share share_of_warp(int panels, int runs) const {
     const int begin = shared_.runs[0].before, lane = threadIdx.x % 32;
     const Run last_run = shared_.runs[runs - 1];
-    const int cost = last_run.before + last_run.block_words() - begin;  // a panel
+    const int cost =
+        last_run.before + last_run.block_words() - begin + runs * kStageWords;  // a panel
     const auto stage_at = [&](int words, int& run) {
       int panel = words / cost;
       const int left = words - panel * cost;
       run = 0;
       for (int first = 0; first < runs; first += 32) {
-        const bool before = first + lane < runs && shared_.runs[first + lane].before - begin < left;
+        const int i = first + lane;
+        const bool before = i < runs && shared_.runs[i].before - begin + i * kStageWords < left;
         run += __popc(__ballot_sync(kWarp, before));
       }
       if (run == runs) run = 0, ++panel;
@@ -195,7 +200,8 @@ class Up {
     load_z(first_run, runs);
 
     const int first_position = shared_.runs[0].position;
-    const int8_t* z = shared_.z[plane_of_thread(tokens_)] + threadIdx.x % 4 * 4 - first_position;
+    const int8_t* z =
+        z_planes_ + plane_of_thread(tokens_) * kZPlaneBytes + threadIdx.x % 4 * 4 - first_position;
     int32_t sum[kBlockFields][2][4] = {};
     int panel = share.panel, next = share.run;
     for (int left = share.stages; left > 0;) {
@@ -279,7 +285,8 @@ class Up {
         const int byte = at / 16 * 16 + at % 4 * 4 + at % 16 / 4;
 #pragma unroll
         for (int d = 0; d < kDigits; ++d) {
-          shared_.z[i * kDigits + d][byte] = static_cast<int8_t>(digits >> 8 * (kDigits - 1 - d));
+          z_planes_[(i * kDigits + d) * kZPlaneBytes + byte] =
+              static_cast<int8_t>(digits >> 8 * (kDigits - 1 - d));
         }
       }
       put_warp_sum(offset, shared_.level_offset[i], first_run > 0);
@@ -287,17 +294,22 @@ class Up {
     __syncthreads();
   }
 
-  __device__ void measure_z(const float* z) {
-    int positions = 0;
+  // Of z in memory.
+  __device__ int positions() const {
+    int count = 0;
 #pragma unroll
-    for (int i = 0; i < kMaxBits; ++i)
-      positions += padded_count(entry_->counts.at[i], kMaxBits - i);
+    for (int i = 0; i < kMaxBits; ++i) count += padded_count(entry_->counts.at[i], kMaxBits - i);
+    return count;
+  }
+
+  __device__ void measure_z(const float* z) {
+    const int count = positions();
 #pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;
       const float* row = z + z_row(args_, layer_, tokens_.of(i));
       uint32_t largest = 0;
-      for (int at = threadIdx.x; at < positions; at += blockDim.x) {
+      for (int at = threadIdx.x; at < count; at += blockDim.x) {
         largest = max(largest, magnitude_bits(row[at]));
       }
       put_warp_max(largest, shared_.largest[i]);
@@ -334,10 +346,10 @@ class Up {
     if (!alone_) {
       return read_sum(sums_ + i / kPanelCodes * panel_words_, kUpColumnStride, row, token);
     }
-    const auto* rings = reinterpret_cast<const int32_t*>(sums_ + plan_.sum_words);
     int64_t sum = 0;
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      sum += read_sum(rings + warp * kUpRingWords, kUpColumnStride, row, token);
+      sum += read_sum(reinterpret_cast<const int32_t*>(rings_) + warp * kUpRingWords,
+                      kUpColumnStride, row, token);
     }
     return sum;
   }
@@ -378,8 +390,10 @@ class Up {
   const DeltaGemmCudaArgs& args_;
   const UpPlan& plan_;
   UpShared& shared_;
-  int32_t* sums_;   // [panel][column], kUpColumnStride words each
-  uint32_t* ring_;  // of the warp
+  uint32_t* rings_;   // of all warps
+  uint32_t* ring_;    // of this one
+  int8_t* z_planes_;  // [column][kZPlaneBytes]
+  int32_t* sums_;     // [panel][column], kUpColumnStride words each
   int layer_ = 0;
   int64_t out_ = 0;
   const Entry* entry_ = nullptr;
@@ -405,13 +419,14 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   Device device;
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
-  // Of what the rings leave, all is for sums; at least those of one panel.
-  constexpr int kLeastSums = kColumns * kUpColumnStride * 4;
-  const int bytes = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
-  const int warps = warps_for(bytes - kLeastSums, kUpRingWords, kMaxUpWarps);
-  const UpPlan plan = {(bytes / 16 * 16 - warps * kUpRingWords * 4) / 4};
+  // What the rings leave is the pool; at least room for one panel.
+  constexpr int kLeastPool = kColumns * (kUpColumnStride * 4 + kZPlaneBytes);
+  const int room = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
+  const int bytes = room / 16 * 16;
+  const int warps = warps_for(bytes - kLeastPool, kUpRingWords, kMaxUpWarps);
+  const UpPlan plan = {bytes / 4 - warps * kUpRingWords};
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
-                     sizeof(UpShared) + static_cast<size_t>(bytes / 16 * 16)};
+                     sizeof(UpShared) + static_cast<size_t>(bytes)};
   return launch_overlapped(up_kernel, grid, device, stream, args, plan);
 }
 

@@ -34,7 +34,7 @@ struct Part {
 
 struct SharedRoutes {
   int slots[kFewTokens];
-  int leads[kFewTokens];   // whether a token is the first of a group
+  bool leads[kFewTokens];  // whether a token is the first of a group
   short next[kFewTokens];  // the next token of its slot; -1: none
   int group_slot[kFewTokens];
   short group_token[kFewTokens][kGroupTokens];  // -1: none
@@ -120,9 +120,9 @@ __device__ inline void make_groups(const DeltaGemmCudaArgs& args, SharedRoutes& 
 // How a kernel cuts entries into tiles, for the functions below:
 //
 //   int tiles(layer, entry)
-//   int64_t words(layer, entry)             what they cost
+//   int64_t cost(layer, entry)              of all of them
 //   int tile_at(layer, entry, part, parts)  the first of a part, where all cost about the same
-//   int tile_from(layer, entry, words)      the first that begins there or behind
+//   int tile_from(layer, entry, cost)       the first with so much before it
 
 template <typename T>
 __device__ __forceinline__ T sum_until_lane(T value) {
@@ -135,10 +135,9 @@ __device__ __forceinline__ T sum_until_lane(T value) {
   return value;
 }
 
-// What a second entry costs a thread block beside its words, in units of kCostWords: x or z is
-// prepared again, and the pipeline runs empty and fills.
-constexpr int kCostWords = 64;
-constexpr float kVisitCost = 32768.0f / kCostWords;
+// What a second entry costs a thread block beside its tiles: x or z is prepared again, and the
+// pipeline runs empty and fills. Costs are words for one block of codes.
+constexpr float kVisitCost = 4096.0f;
 
 // So many parts of each entry, lane e's, that the largest is small and there are no more than
 // `blocks`. By one warp.
@@ -202,8 +201,9 @@ class WarpRoute {
     const Entry& entry = routes.entries[lane];
     const bool works = lane < entries_ && entry.rank > 0;
     const int tiles = works ? cut.tiles(layer_, entry) : 0;
-    const int64_t words = works ? cut.words(layer_, entry) : 0;
-    const int cost = static_cast<int>((words + kCostWords - 1) / kCostWords);
+    // The sum of 32 is below 2^31 as long as a delta has less than 2^26 words.
+    const int64_t exact_cost = works ? cut.cost(layer_, entry) : 0;
+    const int cost = static_cast<int>(min(exact_cost, int64_t{1} << 25));
     const float each =
         static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
     const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
@@ -213,7 +213,7 @@ class WarpRoute {
     const bool whole =
         by_tile || (__shfl_sync(0xffffffffu, last, 31) <= blocks && largest <= each + kVisitCost);
     routes.whole = whole;
-    if (!whole) return share_costs(routes, words);
+    if (!whole) return share_costs(routes, exact_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, last > block);
     const int e = max(__ffs(behind) - 1, 0);
     const int of = __shfl_sync(0xffffffffu, parts, e);
@@ -227,9 +227,9 @@ class WarpRoute {
   }
 
  private:
-  __device__ void share_costs(SharedRoutes& routes, int64_t words) const {
+  __device__ void share_costs(SharedRoutes& routes, int64_t cost) const {
     const int lane = threadIdx.x % 32;
-    const int64_t end = sum_until_lane(words), total = __shfl_sync(0xffffffffu, end, 31);
+    const int64_t end = sum_until_lane(cost), total = __shfl_sync(0xffffffffu, end, 31);
     routes.end[lane] = end;
     if (lane < 2) routes.share[lane] = total * (blockIdx.x + lane) / gridDim.x;
   }
@@ -247,15 +247,15 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, c
     const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
     const Entry entry = load_entry(args.layers[layer].table, slot, args.max_rank);
     if (e < kKeptEntries) routes.entries[e] = entry;
-    routes.end[e] = entry.rank > 0 ? cut.words(layer, entry) : 0;
+    routes.end[e] = entry.rank > 0 ? cut.cost(layer, entry) : 0;
   }
   __syncthreads();
   if (threadIdx.x >= 32) return;
   const int lane = threadIdx.x;
   int64_t total = 0;
   for (int first = 0; first < entries; first += 32) {
-    const int64_t words = first + lane < entries ? routes.end[first + lane] : 0;
-    const int64_t sum = total + sum_until_lane(words);
+    const int64_t cost = first + lane < entries ? routes.end[first + lane] : 0;
+    const int64_t sum = total + sum_until_lane(cost);
     if (first + lane < entries) routes.end[first + lane] = sum;
     total = __shfl_sync(0xffffffffu, sum, 31);
   }

@@ -59,6 +59,10 @@ struct Run {
   __device__ int block_words() const { return lanes() * bits(); }
 };
 
+// What a stage costs beside its words, in words for one block of codes: in products of many
+// narrow lanes instructions bound the time as much as words do.
+constexpr int kStageWords = 32;
+
 // How the lanes of an entry are cut into runs: kNarrow lanes of up to 4 bits, kWide of more, or
 // what is left of the width. Everything here is found by a loop over the widths.
 template <int kNarrow, int kWide>
@@ -96,14 +100,22 @@ struct Runs {
     return found;
   }
 
-  // How many have fewer than so many words before them, for one block of codes.
-  __device__ static int begin_before(const Counts& counts, int words) {
+  // Of all stages of a panel.
+  __device__ static int cost(const Counts& counts) {
+    int cost = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) cost += of_width(counts, i) * cost_of(kMaxBits - i);
+    return cost;
+  }
+
+  // How many runs have stages of less than a cost before them.
+  __device__ static int begin_before(const Counts& counts, int cost) {
     int runs = 0;
 #pragma unroll
     for (int i = 0; i < kMaxBits; ++i) {
-      const int bits = kMaxBits - i, cost = lanes_of(bits) * bits;
-      runs += min(of_width(counts, i), (max(words, 0) + cost - 1) / cost);
-      words -= counts.at[i] * bits;
+      const int each = cost_of(kMaxBits - i), here = of_width(counts, i);
+      runs += min(here, (max(cost, 0) + each - 1) / each);
+      cost -= here * each;
     }
     return runs;
   }
@@ -121,6 +133,8 @@ struct Runs {
   }
 
  private:
+  __device__ static constexpr int cost_of(int bits) { return lanes_of(bits) * bits + kStageWords; }
+
   __device__ static int of_width(const Counts& counts, int i) {
     const int lanes = lanes_of(kMaxBits - i);
     return (counts.at[i] + lanes - 1) / lanes;
@@ -180,13 +194,13 @@ class Cursor {
     block_words_ = run.block_words();
   }
 
-  template <int kStageWords>
+  template <int kWords>
   __device__ __forceinline__ void copy(uint32_t target) const {
     if (!even_) return copy_uneven_stage(shape_, source_, panel_blocks_, target);
     const int lane = threadIdx.x % 32, pieces = block_words_ * (kPanelBlocks / 4) - lane;
     target += lane * 16;
 #pragma unroll
-    for (int i = 0; i < kStageWords / 128; ++i) {
+    for (int i = 0; i < kWords / 128; ++i) {
       if (i * 32 < pieces) copy_async_16(target + i * 512, source_ + i * 128);
     }
   }
@@ -204,11 +218,9 @@ class Cursor {
 };
 
 // The stages of one warp, in the order in which `Walk`, a Cursor, goes from one to the next().
-template <typename Walk, int kDepth, int kStageWords>
+template <typename Walk, int kDepth, int kSlotWords>
 class StageStream {
  public:
-  static constexpr int kRingWords = kDepth * kStageWords;
-
   __device__ StageStream(const Walk& walk, const uint32_t* ring) : ahead_(walk), ring_(ring) {
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) fill(i);
@@ -218,7 +230,7 @@ class StageStream {
   __device__ __forceinline__ const uint32_t* next() {
     wait_copies<kDepth - 2>();
     __syncwarp();  // all have what they copied, and are done with the stage before
-    const uint32_t* stage = ring_ + slot_ * kStageWords;
+    const uint32_t* stage = ring_ + slot_ * kSlotWords;
     fill(slot_ == 0 ? kDepth - 1 : slot_ - 1);
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
     return stage;
@@ -227,7 +239,7 @@ class StageStream {
  private:
   __device__ __forceinline__ void fill(int slot) {
     if (!ahead_.done()) {
-      ahead_.template copy<kStageWords>(shared_address(ring_) + slot * kStageWords * 4);
+      ahead_.template copy<kSlotWords>(shared_address(ring_) + slot * kSlotWords * 4);
       ahead_.next();
     }
     commit_copies();

@@ -135,14 +135,9 @@ __device__ __forceinline__ T sum_until_lane(T value) {
   return value;
 }
 
-// What a second entry costs a thread block beside its tiles: x or z is prepared again, and the
-// pipeline runs empty and fills. Costs are words for one block of codes.
-constexpr float kVisitCost = 4096.0f;
-
 // So many parts of each entry, lane e's, that the largest is small and there are no more than
-// `blocks`. By one warp.
-__device__ __forceinline__ int parts_of(int cost, float each, int blocks, float& largest) {
-  // Of twice the mean there are few enough where blocks are at least twice the entries.
+// `blocks`, where these are at least twice the entries. By one warp.
+__device__ __forceinline__ int parts_of(int cost, float each, int blocks) {
   float low = each, high = 2.0f * each;
 #pragma unroll 1
   for (int i = 0; i < 5; ++i) {
@@ -150,7 +145,6 @@ __device__ __forceinline__ int parts_of(int cost, float each, int blocks, float&
     const int parts = __reduce_add_sync(0xffffffffu, __float2int_ru(__fdividef(cost, middle)));
     (parts <= blocks ? high : low) = middle;
   }
-  largest = high;
   return __float2int_ru(__fdividef(cost, high));
 }
 
@@ -192,8 +186,8 @@ class WarpRoute {
   }
 
   // Parts are a tile each, or of each entry as many as its cost asks for, some thread blocks
-  // perhaps idle; unless equal costs, which may be parts of two entries, are better by more than
-  // that takes.
+  // perhaps idle: a part of a second entry would cost more, since x or z is prepared again and the
+  // pipeline runs empty. Where there are too few thread blocks, equal costs.
   template <typename Tiles>
   __device__ void take_part(SharedRoutes& routes, const Tiles& cut) const {
     const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x);
@@ -207,11 +201,9 @@ class WarpRoute {
     const float each =
         static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
     const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
-    float largest = 0.0f;
-    const int parts = by_tile ? tiles : parts_of(cost, each, blocks, largest);
+    const int parts = by_tile ? tiles : parts_of(cost, each, blocks);
     const int last = sum_until_lane(parts);
-    const bool whole =
-        by_tile || (__shfl_sync(0xffffffffu, last, 31) <= blocks && largest <= each + kVisitCost);
+    const bool whole = __shfl_sync(0xffffffffu, last, 31) <= blocks;
     routes.whole = whole;
     if (!whole) return share_costs(routes, exact_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, last > block);

@@ -189,13 +189,6 @@ __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
-// Many bytes at once into L2, on sm_90 and later; both a multiple of 16. Elsewhere nothing happens.
-__device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes));
-#endif
-}
-
 // Programmatic dependent launch (sm_90 on): a kernel that was launched so may start while the one
 // before it still runs; what that one wrote may be read only behind wait_for_previous_kernel().
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -13,8 +13,6 @@ namespace {
 constexpr int kDownTiles = 32;  // of a batch: as many as a warp has lanes
 constexpr int kMaxDownWarps = 16;
 constexpr int kDownDepth = 4;
-constexpr int kStagesAhead = 8;               // of a warp, into L2
-constexpr int kNextPieces = 192 * 1024 / 16;  // of U, into L2: 24 MiB of all thread blocks
 constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
 
 // See routes.cuh.
@@ -112,40 +110,15 @@ class Down {
     } else {
       find_route(args_, shared_.routes, cut);
     }
-    if (threadIdx.x < 32) plan_part();
     __syncthreads();
     for_parts(args_, shared_.routes, cut,
               [this](const Part& part, const Entry& entry) { run_part(part, entry); });
   }
 
  private:
-  // Panels at a time: chunks about as large, as many as there is room for digits.
-  __device__ int panels_at_once(bool two_tokens) const {
-    const int planes = two_tokens ? kColumns : kDigits;
-    const int room = (plan_.x_bytes / planes - 16) / kPanelCodes;
-    const int chunks = (panels_ + room - 1) / room;
-    return (panels_ + chunks - 1) / chunks;
-  }
-
-  // By one warp, as early as the route is known.
-  __device__ void plan_part() {
-    __syncwarp();
-    const Part& part = shared_.routes.part;
-    if (!planned() || part.begin >= part.end) return;
-    const int group = part.entry % shared_.routes.groups;
-    plan_batch(shared_.routes.entries[part.entry].counts, part.begin,
-               min(part.end - part.begin, kDownTiles),
-               panels_at_once(shared_.routes.group_token[group][1] >= 0));
-  }
-
-  __device__ bool planned() const { return WarpRoute::fits(args_) && shared_.routes.whole; }
-
-  __device__ void plan_batch(const Counts& counts, int first_tile, int tiles, int width) {
-    Run run = {0, 0, 0, 0};
-    const int i = threadIdx.x;
-    if (i < tiles) run = DownRuns::at(counts, first_tile + i);
-    shared_.tiles[i] = run;
-    share_stages(run, tiles, width);
+  // Panels whose digits there is room for.
+  __device__ int room_for_panels(int tokens) const {
+    return (plan_.x_bytes / (tokens * kDigits) - 16) / kPanelCodes;
   }
 
   __device__ void run_part(const Part& part, const Entry& entry) {
@@ -156,46 +129,20 @@ class Down {
     factor_ = make_factor(args_.arena + entry.v_offset, entry.counts, args_.in);
     const Tokens tokens = {shared_.routes.group_token[group][0],
                            shared_.routes.group_token[group][1]};
-    chunk_panels_ = panels_at_once(tokens.id[1] >= 0);
-    if (planned()) prefetch_words();
     if (!(tokens == tokens_)) begin_x(tokens);
     for (int tile = part.begin; tile < part.end; tile += kDownTiles) {
-      run_batch(tile, min(part.end - tile, kDownTiles), planned() && tile == part.begin);
+      run_batch(tile, min(part.end - tile, kDownTiles));
     }
   }
 
-  // While x is prepared: the first stages of each warp into L2.
-  __device__ void prefetch_words() const {
-    const DownShare share = shared_.shares[threadIdx.x / 32];
-    const int i = threadIdx.x % 32;
-    if (i >= min(share.stages, kStagesAhead)) return;
-    const int stage = share.panel + i, panel = stage % chunk_panels_;
-    const Run& run = shared_.tiles[share.tile + stage / chunk_panels_];
-    if (panel >= factor_.even_panels) return;
-    prefetch_bulk(factor_.at(panel, run.before), run.block_words() * kPanelBlocks * 4);
-  }
-
-  // While z is stored and `up` begins: the first words of as large a part of U, by every warp when
-  // it is done with V.
-  __device__ void prefetch_next() const {
-    const Part& part = shared_.routes.part;
-    if (!planned() || threadIdx.x % 32 != 0) return;
-    const uint32_t* words = args_.arena + entry_->u_offset;
-    if (reinterpret_cast<uintptr_t>(words) % 16 != 0) return;
-    const int64_t pieces =
-        block_count(args_.layers[layer_].out) * block_column_words(entry_->counts.at) / 4;
-    const int64_t begin = pieces * part.number / part.of;
-    const int64_t end = pieces * (part.number + 1) / part.of;
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int count = static_cast<int>(min(end - begin, int64_t{kNextPieces}));
-    const int first = count * warp / warps, last = count * (warp + 1) / warps;
-    if (first < last) prefetch_bulk(words + (begin + first) * 4, (last - first) * 16);
-  }
-
-  __device__ void run_batch(int first_tile, int tiles, bool planned) {
+  __device__ void run_batch(int first_tile, int tiles) {
     zero_words(shared_.sums, tiles * kColumns * kDownLanes);
-    if (!planned && threadIdx.x < 32) {
-      plan_batch(entry_->counts, first_tile, tiles, chunk_panels_);
+    const int i = threadIdx.x;
+    if (i < 32) {
+      Run run = {0, 0, 0, 0};
+      if (i < tiles) run = DownRuns::at(entry_->counts, first_tile + i);
+      shared_.tiles[i] = run;
+      share_stages(run, tiles, chunk_panels_);
     }
     for (int panel = 0; panel < panels_; panel += chunk_panels_) {
       run_chunk(panel, min(panels_, panel + chunk_panels_), tiles);
@@ -273,7 +220,6 @@ class Down {
       ++tile;
       panel = 0;
     }
-    if (last_panel == panels_) prefetch_next();
     wait_copies<0>();  // of scales, where a warp has no stage
     __syncthreads();
     // The last chunk may be narrower.
@@ -299,6 +245,10 @@ class Down {
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
     loaded_ = measured_ = false;
+    // Chunks of panels, all about as large; a group of one token has half the digits.
+    const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
+    const int chunks = (panels_ + room - 1) / room;
+    chunk_panels_ = (panels_ + chunks - 1) / chunks;
 #pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;

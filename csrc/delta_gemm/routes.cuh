@@ -30,7 +30,6 @@ constexpr int kKeptEntries = 32;
 struct Part {
   int entry;
   int begin, end;
-  int number, of;  // which part of how many
 };
 
 struct SharedRoutes {
@@ -214,7 +213,7 @@ class WarpRoute {
     const int layer = __shfl_sync(0xffffffffu, layer_, e);
     int at = number + lane;
     if (behind != 0 && !by_tile) at = cut.tile_at(layer, routes.entries[e], at, of);
-    if (lane == 0) routes.part.entry = e, routes.part.number = number, routes.part.of = of;
+    routes.part.entry = e;
     if (lane == 0) routes.part.begin = behind != 0 ? at : 0;
     if (lane == 1) routes.part.end = behind != 0 ? at : 0;
   }
@@ -313,7 +312,7 @@ __device__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes, c
       const Entry& entry = entry_at(args, routes, e);
       const int layer = e / routes.groups;
       const Part part = {e, cut.tile_from(layer, entry, max(first - begin, int64_t{0})),
-                         cut.tile_from(layer, entry, min(last, end) - begin), 0, 0};
+                         cut.tile_from(layer, entry, min(last, end) - begin)};
       if (part.begin < part.end) body(part, entry);
     }
     begin = end;

@@ -221,14 +221,6 @@ void wait_copies() {
   emulator::Block::current().wait_copies(kPending);
 }
 inline void prefetch(const void*) {}
-// Reads them, so that AddressSanitizer sees what lies outside.
-inline void prefetch_bulk(const void* global, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) std::abort();
-  volatile char last = 0;
-  if (bytes > 0)
-    last = static_cast<const char*>(global)[0] + static_cast<const char*>(global)[bytes - 1];
-  (void)last;
-}
 inline void wait_for_previous_kernel() {
   emulator::Block::current().wait_for_previous_kernel();
 }

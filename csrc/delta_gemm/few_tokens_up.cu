@@ -341,15 +341,20 @@ class Up {
     }
   }
 
-  __device__ int64_t sum_of(int i, int token) const {
-    const int row = i % kBlockCodes * kUpRowStride + i % kPanelCodes / kBlockCodes;
-    if (!alone_) {
-      return read_sum(sums_ + i / kPanelCodes * panel_words_, kUpColumnStride, row, token);
-    }
+  __device__ static int row_of(int i) {
+    return i % kBlockCodes * kUpRowStride + i % kPanelCodes / kBlockCodes;
+  }
+
+  __device__ __forceinline__ int64_t sum_of_batch(int i, int token) const {
+    return read_sum(sums_ + i / kPanelCodes * panel_words_, kUpColumnStride, row_of(i), token);
+  }
+
+  __device__ __forceinline__ int64_t sum_of_rings(int i, int token) const {
+    const auto* sums = reinterpret_cast<const int32_t*>(rings_);
     int64_t sum = 0;
+#pragma unroll 2
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      sum += read_sum(reinterpret_cast<const int32_t*>(rings_) + warp * kUpRingWords,
-                      kUpColumnStride, row, token);
+      sum += read_sum(sums + warp * kUpRingWords, kUpColumnStride, row_of(i), token);
     }
     return sum;
   }
@@ -369,18 +374,19 @@ class Up {
         T* y = static_cast<T*>(layer.y) + tokens_.of(token) * layer.y_row_stride + first;
         const int64_t offset = sum_of_warps(shared_.level_offset[token]);
         const float unit = shared_.units[token].unit;
-        const auto delta = [&](int i) {
-          return static_cast<float>(2 * sum_of(i, token) - offset) * unit;
-        };
+        const auto delta = [&](int64_t sum) { return static_cast<float>(2 * sum - offset) * unit; };
         if (alone_) {
           const int i = threadIdx.x;
-          if (i < outputs) y[i] = narrow<T>((token == 0 ? y_[0] : y_[1]) + delta(i));
+          if (i < outputs) {
+            const float before = token == 0 ? y_[0] : y_[1];
+            y[i] = narrow<T>(before + delta(sum_of_rings(i, token)));
+          }
           continue;
         }
 #pragma unroll 2
         for (int i = threadIdx.x * 2; i < outputs; i += blockDim.x * 2) {
           Two<T> two(y + i, outputs - i, aligned);
-          two.add(delta(i), delta(i + 1));
+          two.add(delta(sum_of_batch(i, token)), delta(sum_of_batch(i + 1, token)));
           two.store();
         }
       }

@@ -105,10 +105,10 @@ __device__ __forceinline__ void put_warp_sum(int64_t value, int64_t* warps, bool
   *warps = on_top ? *warps + value : value;
 }
 
+// All threads of a warp ask together.
 __device__ __forceinline__ int64_t sum_of_warps(const int64_t* warps) {
-  int64_t sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += warps[warp];
-  return sum;
+  const uint32_t lane = threadIdx.x % 32;
+  return sum_of_warp(lane < blockDim.x / 32 ? warps[lane] : 0);
 }
 
 }  // namespace adamix

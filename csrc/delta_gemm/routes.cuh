@@ -290,32 +290,44 @@ __device__ inline const Entry& entry_at(const DeltaGemmCudaArgs& args, SharedRou
   return routes.entries[kKeptEntries];
 }
 
-// body(part) for all of this thread block's.
-template <typename Tiles, typename Body>
-__device__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes, const Tiles& cut,
-                          Body body) {
-  if (routes.whole) {
-    if (routes.part.begin < routes.part.end) body(routes.part, routes.entries[routes.part.entry]);
-    return;
-  }
-  const int entries = args.layer_count * routes.groups, lane = threadIdx.x % 32;
-  const int64_t first = routes.share[0], last = routes.share[1];
-  int e = 0;  // the first entry that ends behind the begin of the share
+// The first entry that ends behind the begin of the share; all threads ask together.
+__device__ __noinline__ inline int first_entry(const SharedRoutes& routes, int entries) {
+  const int lane = threadIdx.x % 32;
+  int e = 0;
   for (unsigned before = ~0u; before == ~0u && e < entries;) {
-    before = __ballot_sync(0xffffffffu, e + lane < entries && routes.end[e + lane] <= first);
+    before =
+        __ballot_sync(0xffffffffu, e + lane < entries && routes.end[e + lane] <= routes.share[0]);
     e += __popc(before);
   }
-  int64_t begin = e > 0 ? routes.end[e - 1] : 0;
-  for (; e < entries && begin < last; ++e) {
-    const int64_t end = routes.end[e];
-    if (end > begin) {
-      const Entry& entry = entry_at(args, routes, e);
-      const int layer = e / routes.groups;
-      const Part part = {e, cut.tile_from(layer, entry, max(first - begin, int64_t{0})),
-                         cut.tile_from(layer, entry, min(last, end) - begin)};
-      if (part.begin < part.end) body(part, entry);
-    }
-    begin = end;
+  return e;
+}
+
+template <typename Tiles>
+__device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Tiles& cut,
+                                           const Entry& entry, int e) {
+  const int64_t begin = e > 0 ? routes.end[e - 1] : 0;
+  if (routes.end[e] == begin) return {e, 0, 0};
+  const int64_t end = min(routes.share[1], routes.end[e]);
+  const int layer = e / routes.groups;
+  return {e, cut.tile_from(layer, entry, max(routes.share[0] - begin, int64_t{0})),
+          cut.tile_from(layer, entry, end - begin)};
+}
+
+// body(part, entry) for all of this thread block's, one after the other. It is called in one place:
+// kernels are large, and twice as many instructions would be twice as many to fetch.
+template <typename Tiles, typename Body>
+__device__ __forceinline__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
+                                          const Tiles& cut, Body body) {
+  const int entries = args.layer_count * routes.groups;
+  const bool whole = routes.whole;
+  int e = whole ? routes.part.entry : first_entry(routes, entries);
+#pragma unroll 1
+  for (bool more = true; more && e < entries; ++e) {
+    const Entry& entry = entry_at(args, routes, e);
+    Part part = routes.part;
+    if (!whole) part = part_of_share(routes, cut, entry, e);
+    more = !whole && routes.end[e] < routes.share[1];
+    if (part.begin < part.end) body(part, entry);
   }
 }
 

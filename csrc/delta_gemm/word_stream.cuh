@@ -61,7 +61,7 @@ struct Run {
 
 // What a stage costs beside its words, in words for one block of codes: in products of many
 // narrow lanes instructions bound the time as much as words do.
-constexpr int kStageWords = 4;
+constexpr int kStageWords = 32;
 
 // How the lanes of an entry are cut into runs: kNarrow lanes of up to 4 bits, kWide of more, or
 // what is left of the width. Everything here is found by a loop over the widths.

@@ -110,16 +110,32 @@ __device__ __forceinline__ void wgmma_commit() {
 }
 
 // Until at most kPending committed runs are under way; behind the last, d may be read.
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait(float (&d)[64]) {
+template <int kPending, int kBlocks>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kBlocks][64]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   if constexpr (kPending == 0) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < 64 * kBlocks; ++i) asm volatile("" : "+f"(d[i / 64][i % 64])::"memory");
   }
 }
 
 #endif
+
+// How many registers the threads of a group of 4 warps have from here on: fewer at once, more as
+// soon as others have given theirs. Multiples of 8; only Hopper's kernels are written for it.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
 
 // a * b + c on both numbers of a pair, rounded once.
 template <typename T>

@@ -7,14 +7,17 @@
 // delta_gemm where many tokens share a delta: arithmetic bounds the time, so codes are turned into
 // 16-bit levels once a tile and multiplied on the tensor cores. Four kernels:
 //
-//   sort   tokens by slot, cut into tiles of 128 of one slot
-//   down   z = scale · V x     128 tokens times 128 components, a part of the inputs each
-//   join   z = sum over the parts, rounded to bf16           (where there is more than one part)
-//   up     y += U z            128 tokens times 128 outputs, all components
+//   sort   tokens by slot, cut into tiles of 256 (128) of one slot
+//   down   z = scale · V x     256 tokens times 128 components, a part of the inputs each
+//   join   z = scale · sum over the parts                    (where there is more than one part)
+//   up     y += U z            256 tokens times 128 outputs, all components
 //
 // down and up are persistent: a thread block goes from product to product, its producer warps ahead
 // of its consumers (many_tokens_pipeline.cuh). z is rounded once to bf16: it is an operand of the
 // second product.
+//
+// Kernels overlap. down lets the next one start once the sort is complete: so join and up may read
+// what the sort wrote before they wait for the kernel before them.
 namespace adamix {
 namespace {
 
@@ -24,12 +27,12 @@ constexpr int kJoinTokens = 2;  // of a tile, a thread block at a time
 struct ManyTokensArgs {
   DeltaGemmCudaArgs call;
   SortedTokens sorted;
-  int stages;       // of the pipelines
-  int parts;        // of the inputs
-  int row_tiles;    // of the layer with most outputs
-  int64_t z_width;  // a multiple of kTileRows
-  uint16_t* z;      // bf16 [layers, tokens, z_width], tokens sorted
-  float* z_parts;   // [parts, layers, tokens, z_width]; only if parts > 1
+  int shared_bytes;  // of the pipelines
+  int parts;         // of the inputs
+  int row_tiles;     // of the layer with most outputs
+  int64_t z_width;   // a multiple of kTileRows
+  uint16_t* z;       // bf16 [layers, tokens, z_width], tokens sorted
+  float* z_parts;    // [parts, layers, tokens, z_width]; only if parts > 1
 
   // Where a sorted token's row begins in z, and in every part.
   __device__ int64_t row_of_z(int layer, int sorted_token) const {
@@ -70,12 +73,11 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
   }
 }
 
-__device__ bool is_producer(int& group) {
-  group = threadIdx.x / kGroupThreads;
-  if (group < kProducers) return true;
-  group -= kProducers;
-  return false;
-}
+// Consumers have most of the registers: their sums.
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
+static_assert((kProducers * kProducerRegisters + kConsumers * kConsumerRegisters) * kGroupThreads <=
+                  65536,
+              "there are no more");
 
 // The scales of a tile's components into shared memory, by all consumers; 0 where there is none.
 __device__ void load_scales(const float* scales, const Product& product, float* tile) {
@@ -87,45 +89,74 @@ __device__ void load_scales(const float* scales, const Product& product, float* 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-    down_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+__device__ void produce_down(const ManyTokensArgs& args, int group) {
   const DeltaGemmCudaArgs& call = args.call;
-  int group;
-  if (is_producer(group)) {
-    const int64_t bytes = call.x_row_stride * 2;
-    const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
-                         call.tokens * (bytes / 16) < int64_t{1} << 32;
-    const Rows x = {static_cast<const char*>(call.x),
-                    bytes,
-                    static_cast<int>(call.in),
-                    args.sorted.order,
-                    call.tokens,
-                    aligned};
-    Producer<T, false> producer(Stages(args.stages), group);
-    for_products<false>(
-        args, [&](const Product& product, int, int, const Entry&) { producer.run(product, x); });
-    producer.finish();
-    return;
-  }
+  const int64_t bytes = call.x_row_stride * 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
+                       call.tokens * (bytes / 16) < int64_t{1} << 32;
+  const Rows x = {static_cast<const char*>(call.x),
+                  bytes,
+                  static_cast<int>(call.in),
+                  args.sorted.order,
+                  call.tokens,
+                  aligned};
+  Producer<T, false> producer(Stages(args.shared_bytes), group);
+  for_products<false>(
+      args, [&](const Product& product, int, int, const Entry&) { producer.run(product, x); });
+  producer.finish();
+}
+
+template <typename T>
+__device__ void consume_down(const ManyTokensArgs& args, int group) {
   using Down = Consumer<T, false>;
-  Down consumer(Stages(args.stages), group);
-  float* scales = Stages(args.stages).behind();
+  const Stages stages(args.shared_bytes);
+  Down consumer(stages, group);
+  float* scales = stages.behind().scales;
   for_products<false>(args, [&](const Product& product, int layer, int part, const Entry& entry) {
-    load_scales(reinterpret_cast<const float*>(call.arena + entry.scale_offset), product, scales);
     const int64_t at = args.row_of_z(layer, product.first_token) + product.first_row;
     uint16_t* z = args.parts == 1 ? args.z + at : nullptr;
     float* z_part = args.z_parts + part * args.part_size() + at;
+    if (z != nullptr) {
+      load_scales(reinterpret_cast<const float*>(args.call.arena + entry.scale_offset), product,
+                  scales);
+    }
     consumer.run(product,
                  StoreZ<typename Down::Sums>{z, z_part, args.z_width, product.tokens, scales});
   });
 }
 
-// z = sum of the parts, in their order. A thread has eight components of a token.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    down_kernel(const __grid_constant__ ManyTokensArgs args) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int group = threadIdx.x / kGroupThreads;
+  if (group < kProducers) {
+    give_registers<kProducerRegisters>();
+    produce_down<T>(args, group);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume_down<T>(args, group - kProducers);
+  }
+}
+
+// z of eight components of a token, from component `first` on: at `at` of every part.
+__device__ uint4 join_parts(const ManyTokensArgs& args, int64_t at, const float (&scales)[8]) {
+  EightSums sums = {};
+#pragma unroll 4
+  for (int part = 0; part < args.parts; ++part) {
+    const float* z = args.z_parts + part * args.part_size() + at_in_part(at);
+    const auto low = *reinterpret_cast<const float4*>(z);
+    const auto high = *reinterpret_cast<const float4*>(z + kPartHalf);
+    sums.at[0] += low.x, sums.at[1] += low.y, sums.at[2] += low.z, sums.at[3] += low.w;
+    sums.at[4] += high.x, sums.at[5] += high.y, sums.at[6] += high.z, sums.at[7] += high.w;
+  }
+  return scale_eight(sums, scales);
+}
+
+// z = scale · sum of the parts, in their order. A thread has eight components of a token.
 __global__ void __launch_bounds__(kJoinThreads)
     join_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const DeltaGemmCudaArgs& call = args.call;
   constexpr unsigned kRuns = kTileTokens / kJoinTokens;  // of tokens of a tile
@@ -135,49 +166,58 @@ __global__ void __launch_bounds__(kJoinThreads)
     const int layer = work / kRuns / tiles, first = work % kRuns * kJoinTokens;
     if (first >= tile.count) continue;
     const Entry entry = load_entry(call.layers[layer].table, tile.slot, call.max_rank);
+    const auto* all_scales = reinterpret_cast<const float*>(call.arena + entry.scale_offset);
     const int eights = (entry.rank + kStepCodes - 1) / kStepCodes * (kStepCodes / 8);
     const int tokens = min(kJoinTokens, tile.count - first);
     const int64_t row = args.row_of_z(layer, tile.first + first);
     for (int i = threadIdx.x; i < eights * tokens; i += kJoinThreads) {
-      const int64_t at = row + i / eights * args.z_width + i % eights * 8;
-      float sums[8] = {};
-#pragma unroll 4
-      for (int part = 0; part < args.parts; ++part) {
-        const auto* z =
-            reinterpret_cast<const float4*>(args.z_parts + part * args.part_size() + at);
-        const float4 low = z[0], high = z[1];
-        sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
-        sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+      const int component = i % eights * 8;
+      float scales[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        scales[j] = component + j < entry.rank ? all_scales[component + j] : 0.0f;
       }
-      *reinterpret_cast<uint4*>(args.z + at) = round_eight<__nv_bfloat16>(sums);
+      wait_for_previous_kernel();
+      const int64_t at = row + i / eights * args.z_width + component;
+      *reinterpret_cast<uint4*>(args.z + at) = join_parts(args, at, scales);
     }
   }
+  wait_for_previous_kernel();
+}
+
+__device__ void produce_up(const ManyTokensArgs& args, int group) {
+  Producer<__nv_bfloat16, true> producer(Stages(args.shared_bytes), group);
+  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
+    const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
+    producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
+                               args.call.tokens, true});
+  });
+  producer.finish();
+}
+
+template <typename T>
+__device__ void consume_up(const ManyTokensArgs& args, int group) {
+  using Up = Consumer<__nv_bfloat16, true>;
+  Up consumer(Stages(args.shared_bytes), group);
+  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
+    consumer.run(product, AddToY<T, typename Up::Sums>{
+                              args.call.layers[layer], args.sorted.order + product.first_token,
+                              args.call.tokens, product.tokens, product.first_row});
+  });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     up_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
-  const DeltaGemmCudaArgs& call = args.call;
-  int group;
-  if (is_producer(group)) {
-    Producer<__nv_bfloat16, true> producer(Stages(args.stages), group);
-    for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-      const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
-      producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
-                                 call.tokens, true});
-    });
-    producer.finish();
-    return;
+  const int group = threadIdx.x / kGroupThreads;
+  if (group < kProducers) {
+    give_registers<kProducerRegisters>();
+    produce_up(args, group);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume_up<T>(args, group - kProducers);
   }
-  using Up = Consumer<__nv_bfloat16, true>;
-  Up consumer(Stages(args.stages), group);
-  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-    consumer.run(product, AddToY<T, typename Up::Sums>{
-                              call.layers[layer], args.sorted.order + product.first_token,
-                              call.tokens, product.tokens, product.first_row});
-  });
 }
 
 __global__ void __launch_bounds__(kSortThreads)
@@ -211,12 +251,12 @@ Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   };
   const int64_t slots = args.routes.slots != nullptr ? args.capacity : args.routes.segments;
   scratch.max_tiles =
-      static_cast<int>(args.tokens / kTileTokens + std::min(args.tokens, slots) + 1);
+      static_cast<int>(args.tokens / kLeastTileTokens + std::min(args.tokens, slots) + 1);
   scratch.z_width = (args.max_rank + kTileRows - 1) / kTileRows * kTileRows;
   // Where few tiles of few components would leave multiprocessors idle, each takes a part of the
   // inputs; 1024 components are what a 7B model's matrices have at one bit a weight.
-  const int64_t tiles = (args.tokens + kTileTokens - 1) / kTileTokens * args.layer_count *
-                        std::min<int64_t>(scratch.z_width / kTileRows, 8);
+  const int64_t tiles = (args.tokens + 2 * kLeastTileTokens - 1) / (2 * kLeastTileTokens) *
+                        args.layer_count * std::min<int64_t>(scratch.z_width / kTileRows, 8);
   const int64_t steps = (args.in + kStepCodes - 1) / kStepCodes;
   scratch.parts = static_cast<int>(std::clamp<int64_t>(
       multiprocessors / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(1, steps / 8)));
@@ -250,8 +290,7 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
   args.call = call;
   args.sorted = {call.routes.slots != nullptr ? target.order : call.routes.token_indices,
                  target.tiles, target.tile_count};
-  const int stages = (device.shared_bytes - kReservedBytes) / kStageBytes;
-  args.stages = std::clamp(stages / kProducers * kProducers, kProducers, kMaxStages);
+  args.shared_bytes = device.shared_bytes;
   args.parts = scratch.parts;
   for (int i = 0; i < call.layer_count; ++i) {
     args.row_tiles = std::max(args.row_tiles,
@@ -265,9 +304,8 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
                      call.routes.slots != nullptr ? static_cast<size_t>(call.capacity) * 4 : 0};
   status = launch_overlapped(sort_kernel, sort, device, stream, call, target);
   if (status != cudaSuccess) return status;
-  const Grid products = {
-      dim3(static_cast<unsigned>(device.multiprocessors)), kThreads,
-      static_cast<size_t>(args.stages * kStageBytes) + kTileRows * sizeof(float)};
+  const Grid products = {dim3(static_cast<unsigned>(device.multiprocessors)), kThreads,
+                         static_cast<size_t>(args.shared_bytes)};
   status = call.element == Element::kHalf
                ? launch_overlapped(down_kernel<__half>, products, device, stream, args)
                : launch_overlapped(down_kernel<__nv_bfloat16>, products, device, stream, args);

@@ -10,11 +10,15 @@
 //   producers   two groups of 4 warps, in turns: fill a stage with 64 columns (k) of both operands
 //               x, z   16-byte asynchronous copies
 //               V, U   packed words -> levels in bf16 (fp16 for fp16 x), exact
-//   consumers   two groups of 4 warps, 64 tokens each: multiply stages as they come, then write
+//   consumers   two groups of 4 warps, half of the tokens each: multiply stages as they come, then
+//               write
 //
-//   stage       tile of 128 tokens | tile of 128 components or outputs     (tile_product.cuh)
+//   shared memory   | stage 0 | stage 1 | .. | scales | notes of producers 0 | of producers 1 |
+//   stage           | tile of 256 (128) tokens | tile of 128 components or outputs |
 //
-// A stage goes to and fro between them by two named barriers, full and empty.
+// Tiles: tile_product.cuh. 256 tokens on Hopper, where a level that was decoded serves more of
+// them. A stage goes to and fro between producers and consumers by two named barriers, full and
+// empty.
 namespace adamix {
 
 constexpr int kTileRows = 128;  // components or outputs
@@ -24,25 +28,47 @@ constexpr int kThreads = (kProducers + kConsumers) * kGroupThreads;
 static_assert(kTileTokens == kConsumers * kProductTokens, "each consumer group has its tokens");
 
 constexpr int kMaxStages = 6;  // a multiple of kProducers, so that a stage always has the same
-constexpr int kStageBytes = 2 * kTileChunks * 16;
+constexpr int kStageBytes = (kTileTokens + kTileRows) * kLineBytes;
 constexpr int kFullThreads = (1 + kConsumers) * kGroupThreads;  // at full and empty barriers
 constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
+constexpr int kFirstProducerBarrier = 2;
+constexpr int kFirstFull = kFirstProducerBarrier + kProducers;
+static_assert(kFirstFull + 2 * kMaxStages <= 16, "there are no more");
+
+constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
+constexpr int kThreadLines = kTileTokens / kLineStride;   // of which a producer thread has a chunk
+
+// What a group of producers notes of a product.
+struct Notes {
+  uint32_t rows[kLineStride][kThreadLines];  // of x or z for the lines of a tile, see TokenTiles
+  Counts counts;
+};
+
+struct BehindStages {
+  float scales[kTileRows];
+  Notes notes[kProducers];
+};
 
 struct Stages {
   int count;
   uint32_t address;  // shared
 
-  __device__ explicit Stages(int count) : count(count), address(shared_address(dynamic_shared())) {}
+  // In so many bytes.
+  __device__ explicit Stages(int bytes) : address(shared_address(dynamic_shared())) {
+    const int most = (bytes - static_cast<int>(sizeof(BehindStages))) / kStageBytes;
+    count = min(most / kProducers * kProducers, kMaxStages);
+  }
 
   __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
-  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileChunks * 16; }
-  __device__ int full(int stage) const { return 2 + stage; }
-  __device__ int empty(int stage) const { return 2 + kMaxStages + stage; }
-  __device__ float* behind() const {
-    return reinterpret_cast<float*>(static_cast<char*>(dynamic_shared()) + count * kStageBytes);
+  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileTokens * kLineBytes; }
+  __device__ int full(int stage) const { return kFirstFull + stage; }
+  __device__ int empty(int stage) const { return kFirstFull + kMaxStages + stage; }
+  __device__ BehindStages& behind() const {
+    char* shared = static_cast<char*>(dynamic_shared());
+    return *reinterpret_cast<BehindStages*>(shared + count * kStageBytes);
   }
 };
 
@@ -57,22 +83,30 @@ struct Rows {
 };
 
 // A thread's share of the token tiles of one product: one chunk of every 16th line. A line without
-// a token gets any row: nobody reads what becomes of it.
+// a token is left as it is: nobody reads what becomes of it.
 class TokenTiles {
  public:
-  // From a step on, every kProducers'th.
-  __device__ void begin(const Rows& rows, const Product& product, int step, int thread) {
-    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
+  // A thread's share of the rows' places: in units of 16 bytes, or in rows that are not aligned.
+  __device__ static void note(const Rows& rows, const Product& product, int thread, Notes& notes) {
     const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
+    for (int line = thread; line < kTileTokens; line += kGroupThreads) {
       int row = 0;
-      if (line + i * kLineStride < product.tokens) {
-        row = product.first_token + line + i * kLineStride;
+      if (line < product.tokens) {
+        row = product.first_token + line;
         if (rows.order != nullptr) row = rows.order[row];
       }
-      at_[i] = row >= 0 && row < rows.count ? row * units : 0;
+      notes.rows[line % kLineStride][line / kLineStride] =
+          row >= 0 && row < rows.count ? row * units : 0;
     }
+  }
+
+  // From a step on, every kProducers'th.
+  __device__ void begin(const Rows& rows, const Product& product, int step, int thread,
+                        const Notes& notes) {
+    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
+    lines_ = (product.tokens - line + kLineStride - 1) / kLineStride;
+    rows_ = notes.rows[line];
     k_ = step * kStepCodes + chunk * 8;
     source_ = rows.data + k_ * 2;
     target_ = 16 * chunk_of(line, chunk);
@@ -80,13 +114,19 @@ class TokenTiles {
 
   // 64 k, zeros behind the last, into the tile at a shared address.
   __device__ void copy(const Rows& rows, uint32_t tile) {
+    constexpr int kBytes = kLineStride * kLineBytes;  // from line to line
     if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        copy_async_16(tile + target_ + i * kLineBytes, source_ + uint64_t{at_[i]} * 16);
+      for (int i = 0; i < kThreadLines; ++i) {
+        if (i >= lines_) continue;
+        copy_async_16(tile + target_ + i * kBytes, source_ + uint64_t{rows_[i]} * 16);
       }
     } else {
-      copy_pieces(rows, tile + target_);
+#pragma unroll 1
+      for (int i = 0; i < lines_; ++i) {
+        const int64_t at = int64_t{rows_[i]} * (rows.aligned ? 16 : rows.row_bytes);
+        store_shared(tile + target_ + i * kBytes, piece(rows, source_ + at));
+      }
     }
     commit_copies();
     k_ += kProducers * kStepCodes;
@@ -94,28 +134,18 @@ class TokenTiles {
   }
 
  private:
-  static constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
-  static constexpr int kLines = kTileTokens / kLineStride;
-  static constexpr int kLineBytes = kLineStride * kLineChunks * 16;
-
-  __device__ void copy_pieces(const Rows& rows, uint32_t target) const {
-#pragma unroll 1
-    for (int i = 0; i < kLines; ++i) {
-      int64_t at = 0;
+  __device__ uint4 piece(const Rows& rows, const char* source) const {
+    const auto* numbers = reinterpret_cast<const uint16_t*>(source);
+    uint32_t pair[4] = {};
 #pragma unroll
-      for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
-      const auto* numbers =
-          reinterpret_cast<const uint16_t*>(source_ + at * (rows.aligned ? 16 : rows.row_bytes));
-      uint32_t pair[4] = {};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
-      }
-      store_shared(target + i * kLineBytes, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+    for (int j = 0; j < 8; ++j) {
+      if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
     }
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 
-  uint32_t at_[kLines];  // of the row: in units of 16 bytes, or in rows that are not aligned
+  const uint32_t* rows_;  // shared
+  int lines_;
   const char* source_;
   int k_;
   uint32_t target_;
@@ -126,16 +156,15 @@ template <typename T, bool kUp>
 class Producer {
  public:
   __device__ Producer(const Stages& stages, int group)
-      : stages_(stages), group_(group), stage_(group) {}
+      : stages_(stages), group_(group), notes_(stages.behind().notes[group]), stage_(group) {}
 
+  // Rows are read behind wait_for_previous_kernel().
   __device__ void run(const Product& product, const Rows& rows) {
-    const int thread = threadIdx.x % kGroupThreads;
     int step = product.first_step + (group_ + steps_) % kProducers;
     steps_ += product.last_step - product.first_step;
     if (step >= product.last_step) return;
-    weights_.begin(product, thread);
-    weights_.load(product, step);
-    tokens_.begin(rows, product, step, thread);
+    begin(product, rows, step);
+    wait_for_previous_kernel();
     for (; step < product.last_step; step += kProducers) {
       if (stages_.count == kProducers) hand_over();  // or it would wait for itself
       if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
@@ -144,7 +173,9 @@ class Producer {
       wait_copies<1>();  // of the stage before: its copies have had this long
       give_open_stage();
       open_stage_ = stage_;
-      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
+      if (step + kProducers < product.last_step) {
+        weights_.load(product, notes_.counts, step + kProducers);
+      }
       stage_ += kProducers;
       if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
     }
@@ -152,6 +183,7 @@ class Producer {
 
   // At the end: all stages are given over, and every barrier is met by all.
   __device__ void finish() {
+    wait_for_previous_kernel();
     hand_over();
     const int used = all_used_ ? stages_.count : stage_;
     for (int stage = group_; stage < used; stage += kProducers) {
@@ -160,6 +192,19 @@ class Producer {
   }
 
  private:
+  __device__ void begin(const Product& product, const Rows& rows, int step) {
+    const int thread = threadIdx.x % kGroupThreads;
+    const auto meet = [&] { barrier_sync(kFirstProducerBarrier + group_, kGroupThreads); };
+    meet();  // the notes of the product before are read
+    if (thread == 0) notes_.counts = product.counts;
+    meet();
+    weights_.begin(product, notes_.counts, thread);
+    weights_.load(product, notes_.counts, step);
+    TokenTiles::note(rows, product, thread, notes_);
+    meet();
+    tokens_.begin(rows, product, step, thread, notes_);
+  }
+
   __device__ void hand_over() {
     wait_copies<0>();
     give_open_stage();
@@ -174,6 +219,7 @@ class Producer {
 
   const Stages stages_;
   const int group_;
+  Notes& notes_;
   Weights<T, kUp> weights_;
   TokenTiles tokens_;
   int steps_ = 0;          // of all products so far
@@ -216,7 +262,7 @@ class Consumer {
  private:
   __device__ void start(Sums& sums) const {
     barrier_sync(stages_.full(stage_), kFullThreads);
-    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineChunks * 16,
+    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
                stages_.weights(stage_));
   }
 

@@ -99,20 +99,16 @@ __device__ __forceinline__ void decode_fields(const uint32_t* block, uint32_t m,
 
 // Components of one width: which ones, and where the words of their lanes begin.
 struct WidthRange {
-  int bits = 0;
+  int bits = kMaxBits + 1;
   int end = 0;     // the first component behind
   int origin = 0;  // words before component c for one block of codes: origin + c * bits
 
-  // Needs 0 <= component < rank.
+  // To the range of a component in this one or behind it. Needs component < rank.
   __device__ void seek(const Counts& counts, int component) {
-    int first = 0, before = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const int width = kMaxBits - i, next = first + counts.at[i];
-      if (component >= first && component < next) {
-        bits = width, end = next, origin = before - first * width;
-      }
-      first = next, before += counts.at[i] * width;
+    while (component >= end) {
+      --bits;
+      origin += end;  // the lanes before have a bit less now
+      end += counts.at[kMaxBits - bits];
     }
   }
 };
@@ -125,23 +121,24 @@ class Weights {
   // one has room for one constant only.
   __device__ Weights() : m_(__shfl_sync(0xffffffffu, both(Exponent<T>::kM), 0)) {}
 
-  __device__ void begin(const Product& product, int thread) {
+  // counts: of the product, in shared memory.
+  __device__ void begin(const Product& product, const Counts& counts, int thread) {
     line_ = thread;
     whole_words_ = reinterpret_cast<uintptr_t>(product.factor.words) % 16 == 0;
+    range_ = WidthRange{};
     if constexpr (kUp) {
-      range_.end = 0;  // to be sought
       place(product.factor, product.first_row / kBlockCodes + line_ / kStepCodes * kStepBlocks);
     } else {
       component_ = min(product.first_row + exchanged(line_), product.rank - 1);
-      range_.seek(product.counts, component_);
+      range_.seek(counts, component_);
     }
   }
 
   // Behind the last component or input stand any codes: z, or x, is zero there.
-  __device__ void load(const Product& product, int step) {
+  __device__ void load(const Product& product, const Counts& counts, int step) {
     if constexpr (kUp) {
       component_ = min(step * kStepCodes + line_ % kStepCodes, product.rank - 1);
-      if (component_ >= range_.end) range_.seek(product.counts, component_);
+      range_.seek(counts, component_);
     } else {
       place(product.factor, step * kStepBlocks);
     }

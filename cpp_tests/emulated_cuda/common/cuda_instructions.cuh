@@ -181,12 +181,17 @@ inline void wgmma_begin() {}
 inline void wgmma_commit() {
   emulator::Block::current().commit_products();
 }
-template <int kPending>
-void wgmma_wait(float (&)[64]) {
+template <int kPending, int kBlocks>
+void wgmma_wait(float (&)[kBlocks][64]) {
   emulator::Block::current().wait_products(kPending);
 }
 
 #endif
+
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 inline void barrier_sync(int id, int threads) {
   emulator::Block::current().named_barrier(id, threads, true);

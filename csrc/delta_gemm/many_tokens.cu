@@ -42,7 +42,7 @@ struct ManyTokensArgs {
 };
 
 // The products of one thread block, in an order in which those that share weights are neighbours.
-// each(product, layer, part, entry) for all.
+// each(product) for all.
 template <bool kUp, typename Each>
 __device__ void for_products(const ManyTokensArgs& args, Each each) {
   const DeltaGemmCudaArgs& call = args.call;
@@ -69,7 +69,10 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
                          : make_factor(call.arena + entry.v_offset, entry.counts, call.in);
     product.first_token = tile.first;
     product.tokens = tile.count;
-    each(product, layer, part, entry);
+    product.layer = layer;
+    product.part = part;
+    product.scale_offset = entry.scale_offset;
+    each(product);
   }
 }
 
@@ -78,15 +81,6 @@ constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
 static_assert((kProducers * kProducerRegisters + kConsumers * kConsumerRegisters) * kGroupThreads <=
                   65536,
               "there are no more");
-
-// The scales of a tile's components into shared memory, by all consumers; 0 where there is none.
-__device__ void load_scales(const float* scales, const Product& product, float* tile) {
-  const int i = threadIdx.x % kConsumerThreads, component = product.first_row + i;
-  const float scale = i < kTileRows && component < product.rank ? scales[component] : 0.0f;
-  barrier_sync(kConsumerBarrier, kConsumerThreads);  // those of the product before are read
-  if (i < kTileRows) tile[i] = scale;
-  barrier_sync(kConsumerBarrier, kConsumerThreads);
-}
 
 template <typename T>
 __device__ void produce_down(const ManyTokensArgs& args, int group) {
@@ -101,8 +95,7 @@ __device__ void produce_down(const ManyTokensArgs& args, int group) {
                   call.tokens,
                   aligned};
   Producer<T, false> producer(Stages(args.shared_bytes), group);
-  for_products<false>(
-      args, [&](const Product& product, int, int, const Entry&) { producer.run(product, x); });
+  for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
   producer.finish();
 }
 
@@ -110,18 +103,17 @@ template <typename T>
 __device__ void consume_down(const ManyTokensArgs& args, int group) {
   using Down = Consumer<T, false>;
   const Stages stages(args.shared_bytes);
-  Down consumer(stages, group);
-  float* scales = stages.behind().scales;
-  for_products<false>(args, [&](const Product& product, int layer, int part, const Entry& entry) {
-    const int64_t at = args.row_of_z(layer, product.first_token) + product.first_row;
-    uint16_t* z = args.parts == 1 ? args.z + at : nullptr;
-    float* z_part = args.z_parts + part * args.part_size() + at;
-    if (z != nullptr) {
-      load_scales(reinterpret_cast<const float*>(args.call.arena + entry.scale_offset), product,
-                  scales);
-    }
-    consumer.run(product,
-                 StoreZ<typename Down::Sums>{z, z_part, args.z_width, product.tokens, scales});
+  Down(stages, group).run([&](const Task& task) {
+    const int64_t at = args.row_of_z(task.layer, task.first_token) + task.first_row;
+    const float* scales = reinterpret_cast<const float*>(args.call.arena + task.scale_offset);
+    return StoreZ<typename Down::Sums>{args.parts == 1 ? args.z + at : nullptr,
+                                       args.z_parts + task.part * args.part_size() + at,
+                                       static_cast<int>(args.z_width),
+                                       task.tokens,
+                                       scales + task.first_row,
+                                       task.rank - task.first_row,
+                                       stages.behind().scales[group],
+                                       group};
   });
 }
 
@@ -140,12 +132,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// z of eight components of a token, from component `first` on: at `at` of every part.
+// z of eight components of a token, which begin there in every part.
 __device__ uint4 join_parts(const ManyTokensArgs& args, int64_t at, const float (&scales)[8]) {
   EightSums sums = {};
 #pragma unroll 4
   for (int part = 0; part < args.parts; ++part) {
-    const float* z = args.z_parts + part * args.part_size() + at_in_part(at);
+    const float* z = args.z_parts + part * args.part_size() + at;
     const auto low = *reinterpret_cast<const float4*>(z);
     const auto high = *reinterpret_cast<const float4*>(z + kPartHalf);
     sums.at[0] += low.x, sums.at[1] += low.y, sums.at[2] += low.z, sums.at[3] += low.w;
@@ -178,8 +170,9 @@ __global__ void __launch_bounds__(kJoinThreads)
         scales[j] = component + j < entry.rank ? all_scales[component + j] : 0.0f;
       }
       wait_for_previous_kernel();
-      const int64_t at = row + i / eights * args.z_width + component;
-      *reinterpret_cast<uint4*>(args.z + at) = join_parts(args, at, scales);
+      const int64_t at = row + i / eights * args.z_width;
+      *reinterpret_cast<uint4*>(args.z + at + component) =
+          join_parts(args, at + at_in_part(component), scales);
     }
   }
   wait_for_previous_kernel();
@@ -187,8 +180,8 @@ __global__ void __launch_bounds__(kJoinThreads)
 
 __device__ void produce_up(const ManyTokensArgs& args, int group) {
   Producer<__nv_bfloat16, true> producer(Stages(args.shared_bytes), group);
-  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-    const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
+  for_products<true>(args, [&](const Product& product) {
+    const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(product.layer, 0));
     producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
                                args.call.tokens, true});
   });
@@ -198,11 +191,13 @@ __device__ void produce_up(const ManyTokensArgs& args, int group) {
 template <typename T>
 __device__ void consume_up(const ManyTokensArgs& args, int group) {
   using Up = Consumer<__nv_bfloat16, true>;
-  Up consumer(Stages(args.shared_bytes), group);
-  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-    consumer.run(product, AddToY<T, typename Up::Sums>{
-                              args.call.layers[layer], args.sorted.order + product.first_token,
-                              args.call.tokens, product.tokens, product.first_row});
+  Up(Stages(args.shared_bytes), group).run([&](const Task& task) {
+    return AddToY<T, typename Up::Sums>{args.call.layers[task.layer],
+                                        args.sorted.order + task.first_token,
+                                        args.call.tokens,
+                                        task.tokens,
+                                        task.first_row,
+                                        group};
   });
 }
 

@@ -13,7 +13,7 @@
 //   consumers   two groups of 4 warps, half of the tokens each: multiply stages as they come, then
 //               write
 //
-//   shared memory   | stage 0 | stage 1 | .. | scales | notes of producers 0 | of producers 1 |
+//   shared memory   | stage 0 | stage 1 | .. | a task for each | scales, notes of the groups |
 //   stage           | tile of 256 (128) tokens | tile of 128 components or outputs |
 //
 // Tiles: tile_product.cuh. 256 tokens on Hopper, where a level that was decoded serves more of
@@ -30,11 +30,10 @@ static_assert(kTileTokens == kConsumers * kProductTokens, "each consumer group h
 constexpr int kMaxStages = 6;  // a multiple of kProducers, so that a stage always has the same
 constexpr int kStageBytes = (kTileTokens + kTileRows) * kLineBytes;
 constexpr int kFullThreads = (1 + kConsumers) * kGroupThreads;  // at full and empty barriers
-constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 
-// Named barriers; 0 is __syncthreads.
-constexpr int kConsumerBarrier = 1;
-constexpr int kFirstProducerBarrier = 2;
+// Named barriers; none is left for __syncthreads.
+constexpr int kFirstConsumerBarrier = 0;
+constexpr int kFirstProducerBarrier = kFirstConsumerBarrier + kConsumers;
 constexpr int kFirstFull = kFirstProducerBarrier + kProducers;
 static_assert(kFirstFull + 2 * kMaxStages <= 16, "there are no more");
 
@@ -47,8 +46,18 @@ struct Notes {
   Counts counts;
 };
 
+// What consumers must know of a product: in the first stage of it.
+struct Task {
+  int64_t scale_offset;
+  int steps;  // 0: there are no more products
+  int first_row, rank;
+  int first_token, tokens;
+  int layer, part;
+};
+
 struct BehindStages {
-  float scales[kTileRows];
+  Task tasks[kMaxStages];
+  float scales[kConsumers][kTileRows];
   Notes notes[kProducers];
 };
 
@@ -151,7 +160,7 @@ class TokenTiles {
   uint32_t target_;
 };
 
-// Producer and consumer walk the same products and count the same steps.
+// Producers walk the products, each of the groups all of them, and count the same steps.
 template <typename T, bool kUp>
 class Producer {
  public:
@@ -161,13 +170,13 @@ class Producer {
   // Rows are read behind wait_for_previous_kernel().
   __device__ void run(const Product& product, const Rows& rows) {
     int step = product.first_step + (group_ + steps_) % kProducers;
-    steps_ += product.last_step - product.first_step;
+    steps_ += product.last_step - product.first_step;  // at least one
     if (step >= product.last_step) return;
     begin(product, rows, step);
     wait_for_previous_kernel();
     for (; step < product.last_step; step += kProducers) {
-      if (stages_.count == kProducers) hand_over();  // or it would wait for itself
-      if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
+      take_stage();
+      if (step == product.first_step) note_task(product);
       tokens_.copy(rows, stages_.tokens(stage_));
       weights_.store(stages_.weights(stage_));
       wait_copies<1>();  // of the stage before: its copies have had this long
@@ -176,15 +185,21 @@ class Producer {
       if (step + kProducers < product.last_step) {
         weights_.load(product, notes_.counts, step + kProducers);
       }
-      stage_ += kProducers;
-      if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
+      next_stage();
     }
   }
 
-  // At the end: all stages are given over, and every barrier is met by all.
+  // At the end: a stage that says so, and every barrier is met by all.
   __device__ void finish() {
     wait_for_previous_kernel();
     hand_over();
+    if (steps_ % kProducers == group_) {
+      take_stage();
+      note_task(Product{});
+      open_stage_ = stage_;
+      hand_over();
+      next_stage();
+    }
     const int used = all_used_ ? stages_.count : stage_;
     for (int stage = group_; stage < used; stage += kProducers) {
       barrier_sync(stages_.empty(stage), kFullThreads);
@@ -203,6 +218,25 @@ class Producer {
     TokenTiles::note(rows, product, thread, notes_);
     meet();
     tokens_.begin(rows, product, step, thread, notes_);
+  }
+
+  // Waits until the next stage may be filled.
+  __device__ void take_stage() {
+    if (stages_.count == kProducers) hand_over();  // or it would wait for itself
+    if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
+  }
+
+  __device__ void next_stage() {
+    stage_ += kProducers;
+    if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
+  }
+
+  __device__ void note_task(const Product& product) {
+    if (threadIdx.x % kGroupThreads != 0) return;
+    stages_.behind().tasks[stage_] = {product.scale_offset, product.last_step - product.first_step,
+                                      product.first_row,    product.rank,
+                                      product.first_token,  product.tokens,
+                                      product.layer,        product.part};
   }
 
   __device__ void hand_over() {
@@ -235,20 +269,32 @@ class Consumer {
 
   __device__ Consumer(const Stages& stages, int group) : stages_(stages), group_(group) {}
 
-  // Multiplies all steps of a product. result.begin(this group's first row of tokens) comes as soon
-  // as there is time to wait, result.store(sums) at the end.
-  template <typename Result>
-  __device__ void run(const Product& product, Result result) {
-    const int first_row = group_ * kProductTokens;
-    if (first_row >= product.tokens || product.first_step >= product.last_step) {
-      return pass(product);
+  // All products there are. result_of(task).begin() comes as soon as there is time to wait,
+  // .store(sums) at the end; neither where none of the tokens are this group's.
+  template <typename ResultOf>
+  __device__ void run(ResultOf result_of) {
+    for (;;) {
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      const Task task = stages_.behind().tasks[stage_];
+      if (group_ * kProductTokens < task.tokens) {
+        multiply(task.steps, result_of(task));
+      } else {
+        pass(task.steps);
+      }
+      if (task.steps == 0) return;
     }
+  }
+
+ private:
+  template <typename Result>
+  __device__ void multiply(int steps, Result result) {
     Sums sums;
     start(sums);
-    result.begin(first_row);
-    for (int step = product.first_step + 1; step < product.last_step; ++step) {
+    result.begin();
+    for (int step = 1; step < steps; ++step) {
       const int before = stage_;  // may still be read
       next_stage();
+      barrier_sync(stages_.full(stage_), kFullThreads);
       start(sums);
       sums.template wait<1>();
       barrier_arrive(stages_.empty(before), kFullThreads);
@@ -259,17 +305,14 @@ class Consumer {
     result.store(sums);
   }
 
- private:
   __device__ void start(Sums& sums) const {
-    barrier_sync(stages_.full(stage_), kFullThreads);
     sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
                stages_.weights(stage_));
   }
 
-  // None of the tokens are this group's.
-  __device__ void pass(const Product& product) {
-    for (int step = product.first_step; step < product.last_step; ++step) {
-      barrier_sync(stages_.full(stage_), kFullThreads);
+  __device__ void pass(int steps) {
+    for (int step = 0; step < max(steps, 1); ++step) {
+      if (step > 0) barrier_sync(stages_.full(stage_), kFullThreads);
       barrier_arrive(stages_.empty(stage_), kFullThreads);
       next_stage();
     }

@@ -38,9 +38,9 @@ __device__ __forceinline__ uint4 add_eight(const uint4& numbers, const EightSums
 //
 //   t 0, j 0..3 | t 1, j 0..3 | t 2 | t 3 | t 0, j 4..7 | t 1, j 4..7 | t 2 | t 3
 //
-// at: of the run in z, 32 n + 8 t.
-__device__ __forceinline__ int64_t at_in_part(int64_t at) {
-  return at - at % 32 / 2;
+// component: the first of the run, 32 n + 8 t.
+__device__ __forceinline__ int at_in_part(int component) {
+  return component - component % 32 / 2;
 }
 constexpr int kPartHalf = 16;  // from j to j + 4
 
@@ -49,12 +49,23 @@ template <typename Sums>
 struct StoreZ {
   uint16_t* z;  // of this product's first token and component; if null, the part:
   float* part;  // likewise
-  int64_t z_width;
+  int z_width;
   int tokens;           // of the product
-  const float* scales;  // of the tile's components; 0 where there is none
+  const float* scales;  // of the tile's components,
+  int components;       // so many of them
+  float* group_scales;  // the same in shared memory; 0 where there is none
+  int group;
   int first_row = 0;
 
-  __device__ void begin(int row) { first_row = row; }
+  __device__ void begin() {
+    first_row = group * kProductTokens;
+    if (z == nullptr) return;
+    const int i = threadIdx.x % kGroupThreads;
+    const float scale = i < components ? scales[i] : 0.0f;
+    barrier_sync(kFirstConsumerBarrier + group, kGroupThreads);  // those before are read
+    group_scales[i] = scale;
+    barrier_sync(kFirstConsumerBarrier + group, kGroupThreads);
+  }
 
   __device__ void store(const Sums& sums) const {
 #pragma unroll
@@ -63,12 +74,13 @@ struct StoreZ {
       if (token >= tokens) continue;
 #pragma unroll
       for (int n = 0; n < Sums::kEights; ++n) {
-        const int64_t at = token * z_width + sums.row(n);
+        const int row = sums.row(n);
         const EightSums eight = sums.eight(i, n);
         if (z != nullptr) {
-          *reinterpret_cast<uint4*>(z + at) = scale_eight(eight, scales + sums.row(n));
+          *reinterpret_cast<uint4*>(z + token * z_width + row) =
+              scale_eight(eight, group_scales + row);
         } else {
-          float* target = part + at_in_part(at);
+          float* target = part + token * z_width + at_in_part(row);
           const float* sum = eight.at;
           *reinterpret_cast<float4*>(target) = make_float4(sum[0], sum[1], sum[2], sum[3]);
           *reinterpret_cast<float4*>(target + kPartHalf) =
@@ -83,19 +95,20 @@ struct StoreZ {
 template <typename T, typename Sums>
 struct AddToY {
   const DeltaLayer& layer;
-  const int* order;                 // of the product's first token
-  int64_t rows;                     // of y
-  int tokens;                       // of the product
-  int first_output;                 // of the tile
+  const int* order;  // of the product's first token
+  int64_t rows;      // of y
+  int tokens;        // of the product
+  int first_output;  // of the tile
+  int group;
   bool pieces = false;              // whether 16 bytes at a time are too many
   uint16_t* y[Sums::kTokens] = {};  // of a run's first output; null: the token is not there
 
-  __device__ void begin(int first_row) {
+  __device__ void begin() {
     pieces = reinterpret_cast<uintptr_t>(layer.y) % 16 != 0 || layer.y_row_stride % 8 != 0 ||
              first_output + kTileRows > layer.out;
 #pragma unroll
     for (int i = 0; i < Sums::kTokens; ++i) {
-      const int sorted = first_row + Sums::token(i);
+      const int sorted = group * kProductTokens + Sums::token(i);
       const int token = sorted < tokens ? order[sorted] : -1;
       if (token < 0 || token >= rows) continue;
       y[i] = static_cast<uint16_t*>(layer.y) + token * layer.y_row_stride + first_output +

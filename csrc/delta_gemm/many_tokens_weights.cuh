@@ -23,6 +23,8 @@ struct Product {
   int last_step;
   int first_token;  // sorted
   int tokens;
+  int layer, part;
+  int64_t scale_offset;
 };
 
 constexpr int kStepBlocks = kStepCodes / kBlockCodes;

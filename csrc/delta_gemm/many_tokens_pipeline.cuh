@@ -41,7 +41,7 @@ constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks 
 constexpr int kThreadLines = kTileTokens / kLineStride;   // of which a producer thread has a chunk
 
 // What a group of producers notes of a product.
-struct Notes {
+struct alignas(16) Notes {
   uint32_t rows[kLineStride][kThreadLines];  // of x or z for the lines of a tile, see TokenTiles
   Counts counts;
 };
@@ -115,7 +115,7 @@ class TokenTiles {
                         const Notes& notes) {
     const int line = thread / kLineChunks, chunk = thread % kLineChunks;
     lines_ = (product.tokens - line + kLineStride - 1) / kLineStride;
-    rows_ = notes.rows[line];
+    rows_ = reinterpret_cast<const uint4*>(notes.rows[line]);
     k_ = step * kStepCodes + chunk * 8;
     source_ = rows.data + k_ * 2;
     target_ = 16 * chunk_of(line, chunk);
@@ -125,15 +125,22 @@ class TokenTiles {
   __device__ void copy(const Rows& rows, uint32_t tile) {
     constexpr int kBytes = kLineStride * kLineBytes;  // from line to line
     if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
+      uint4 fours[kThreadLines / 4];
+#pragma unroll
+      for (int i = 0; i < kThreadLines / 4; ++i) fours[i] = rows_[i];
 #pragma unroll
       for (int i = 0; i < kThreadLines; ++i) {
         if (i >= lines_) continue;
-        copy_async_16(tile + target_ + i * kBytes, source_ + uint64_t{rows_[i]} * 16);
+        const uint4& four = fours[i / 4];
+        const uint32_t row =
+            i % 4 < 2 ? (i % 4 == 0 ? four.x : four.y) : (i % 4 == 2 ? four.z : four.w);
+        copy_async_16(tile + target_ + i * kBytes, source_ + uint64_t{row} * 16);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < lines_; ++i) {
-        const int64_t at = int64_t{rows_[i]} * (rows.aligned ? 16 : rows.row_bytes);
+        const uint32_t row = reinterpret_cast<const uint32_t*>(rows_)[i];
+        const int64_t at = int64_t{row} * (rows.aligned ? 16 : rows.row_bytes);
         store_shared(tile + target_ + i * kBytes, piece(rows, source_ + at));
       }
     }
@@ -153,7 +160,7 @@ class TokenTiles {
     return make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 
-  const uint32_t* rows_;  // shared
+  const uint4* rows_;  // shared, four at a time
   int lines_;
   const char* source_;
   int k_;
@@ -289,13 +296,13 @@ class Consumer {
   template <typename Result>
   __device__ void multiply(int steps, Result result) {
     Sums sums;
-    start(sums);
+    start<true>(sums);
     result.begin();
     for (int step = 1; step < steps; ++step) {
       const int before = stage_;  // may still be read
       next_stage();
       barrier_sync(stages_.full(stage_), kFullThreads);
-      start(sums);
+      start<false>(sums);
       sums.template wait<1>();
       barrier_arrive(stages_.empty(before), kFullThreads);
     }
@@ -305,9 +312,10 @@ class Consumer {
     result.store(sums);
   }
 
+  template <bool kFirst>
   __device__ void start(Sums& sums) const {
-    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
-               stages_.weights(stage_));
+    sums.template start<kFirst>(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
+                                stages_.weights(stage_));
   }
 
   __device__ void pass(int steps) {

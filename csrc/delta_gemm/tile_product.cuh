@@ -53,8 +53,9 @@ constexpr int kProductTokens = 128;
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
-  // With tiles at these shared addresses. The product is under way; the tiles are read until wait()
-  // says otherwise.
+  // With tiles at these shared addresses, kFirst before the others. The product is under way; the
+  // tiles are read until wait() says otherwise.
+  template <bool kFirst>
   __device__ void start(uint32_t tokens, uint32_t rows) {
     constexpr int kStride = kAlongK ? 2 : 16 * kLineChunks;  // chunks of 16 k
     wgmma_begin();
@@ -64,8 +65,12 @@ class TileProduct {
           descriptor(rows / 16 + kStride * k, kAlongK ? 1 : kProductRows / 2 * kLineChunks);
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
-        wgmma_pairs<T, kAlongK>(sums_[m], descriptor(tokens / 16 + 64 * kLineChunks * m + 2 * k, 1),
-                                columns);
+        const uint64_t lines = descriptor(tokens / 16 + 64 * kLineChunks * m + 2 * k, 1);
+        if (kFirst && k == 0) {
+          wgmma_pairs<T, kAlongK, false>(sums_[m], lines, columns);
+        } else {
+          wgmma_pairs<T, kAlongK, true>(sums_[m], lines, columns);
+        }
       }
     }
     wgmma_commit();
@@ -102,7 +107,7 @@ class TileProduct {
     return uint64_t{1u << 30 | 8 * kLineChunks} << 32 | (tile + (far << 16));
   }
 
-  float sums_[kBlocks][kProductRows / 2] = {};
+  float sums_[kBlocks][kProductRows / 2];
 };
 
 #else
@@ -114,6 +119,7 @@ constexpr int kProductTokens = 64;
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
+  template <bool kFirst>
   __device__ void start(uint32_t tokens, uint32_t rows) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "common/cuda_launch.cuh"
 #include "delta_gemm/many_tokens.cuh"
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // z of eight components of a token, which begin there in every part.
 __device__ uint4 join_parts(const ManyTokensArgs& args, int64_t at, const float (&scales)[8]) {
   EightSums sums = {};
-#pragma unroll 4
+#pragma unroll 8
   for (int part = 0; part < args.parts; ++part) {
     const float* z = args.z_parts + part * args.part_size() + at;
     const auto low = *reinterpret_cast<const float4*>(z);
@@ -237,6 +238,27 @@ struct Scratch {
   int64_t z_width;
 };
 
+// Into how many parts down cuts the inputs, so that its products fill the multiprocessors and end
+// together. What a part costs the join is counted in steps of a product as well; all of it is an
+// estimate, of tokens that share few slots.
+int choose_parts(const DeltaGemmCudaArgs& args, int64_t z_width, int multiprocessors) {
+  constexpr int64_t kJoinSteps = 5, kBytesOfStep = 2 << 20, kLeastSteps = 8, kMostProducts = 4;
+  // 1024 components are what a 7B model's matrices have at one bit a weight.
+  const int64_t tiles = (args.tokens + 2 * kLeastTileTokens - 1) / (2 * kLeastTileTokens) *
+                        args.layer_count * std::min<int64_t>(z_width / kTileRows, 8);
+  const int64_t steps = (args.in + kStepCodes - 1) / kStepCodes;
+  const int64_t part_bytes = args.layer_count * args.tokens * std::min<int64_t>(z_width, 1024) * 4;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t parts = 1; parts == 1 || parts <= steps / kLeastSteps; ++parts) {
+    if (parts > 1 && tiles * parts > kMostProducts * multiprocessors) break;
+    const int64_t waves = (tiles * parts + multiprocessors - 1) / multiprocessors;
+    const int64_t join = parts > 1 ? kJoinSteps + parts * part_bytes / kBytesOfStep : 0;
+    const int64_t cost = waves * ((steps + parts - 1) / parts) + join;
+    if (cost < least) best = parts, least = cost;
+  }
+  return static_cast<int>(best);
+}
+
 Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   Scratch scratch = {};
   const auto take = [&](int64_t bytes) {
@@ -248,13 +270,7 @@ Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   scratch.max_tiles =
       static_cast<int>(args.tokens / kLeastTileTokens + std::min(args.tokens, slots) + 1);
   scratch.z_width = (args.max_rank + kTileRows - 1) / kTileRows * kTileRows;
-  // Where few tiles of few components would leave multiprocessors idle, each takes a part of the
-  // inputs; 1024 components are what a 7B model's matrices have at one bit a weight.
-  const int64_t tiles = (args.tokens + 2 * kLeastTileTokens - 1) / (2 * kLeastTileTokens) *
-                        args.layer_count * std::min<int64_t>(scratch.z_width / kTileRows, 8);
-  const int64_t steps = (args.in + kStepCodes - 1) / kStepCodes;
-  scratch.parts = static_cast<int>(std::clamp<int64_t>(
-      multiprocessors / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(1, steps / 8)));
+  scratch.parts = choose_parts(args, scratch.z_width, multiprocessors);
   scratch.order = take(args.tokens * 4);
   scratch.tiles = take(int64_t{scratch.max_tiles} * static_cast<int64_t>(sizeof(TokenTile)));
   scratch.tile_count = take(4);

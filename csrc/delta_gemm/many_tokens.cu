@@ -15,7 +15,9 @@
 //
 // down and up are persistent: a thread block goes from product to product, its producer warps ahead
 // of its consumers (many_tokens_pipeline.cuh). z is rounded once to bf16: it is an operand of the
-// second product.
+// second product, and lies in memory as up's tiles will in shared memory (tile_product.cuh):
+//
+//   z   [layers, z_width / 64, sorted tokens, 64], the chunks of line l of a tile exchanged by l
 //
 // Kernels overlap. down lets the next one start once the sort is complete: so join and up may read
 // what the sort wrote before they wait for the kernel before them.
@@ -32,11 +34,18 @@ struct ManyTokensArgs {
   int parts;         // of the inputs
   int row_tiles;     // of the layer with most outputs
   int64_t z_width;   // a multiple of kTileRows
-  uint16_t* z;       // bf16 [layers, tokens, z_width], tokens sorted
+  uint16_t* z;       // bf16, see above
   float* z_parts;    // [parts, layers, tokens, z_width]; only if parts > 1
 
-  // Where a sorted token's row begins in z, and in every part.
-  __device__ int64_t row_of_z(int layer, int sorted_token) const {
+  // Numbers from 64 components of z to the next 64.
+  __device__ int64_t z_step() const { return call.tokens * kStepCodes; }
+  // Where the 64 components around one begin, of a tile whose first token is this one.
+  __device__ uint16_t* tile_of_z(int layer, int component, int first_token) const {
+    const int64_t step = layer * (z_width / kStepCodes) + component / kStepCodes;
+    return z + step * z_step() + int64_t{first_token} * kStepCodes;
+  }
+  // Where a sorted token's row begins in every part.
+  __device__ int64_t row_of_part(int layer, int sorted_token) const {
     return (layer * call.tokens + sorted_token) * z_width;
   }
   __device__ int64_t part_size() const { return call.layer_count * call.tokens * z_width; }
@@ -89,12 +98,12 @@ __device__ void produce_down(const ManyTokensArgs& args, int group) {
   const int64_t bytes = call.x_row_stride * 2;
   const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
                        call.tokens * (bytes / 16) < int64_t{1} << 32;
-  const Rows x = {static_cast<const char*>(call.x),
-                  bytes,
-                  static_cast<int>(call.in),
-                  args.sorted.order,
-                  call.tokens,
-                  aligned};
+  const XRows x = {static_cast<const char*>(call.x),
+                   bytes,
+                   static_cast<int>(call.in),
+                   args.sorted.order,
+                   call.tokens,
+                   aligned};
   Producer<T, false> producer(Stages(args.shared_bytes), group);
   for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
   producer.finish();
@@ -105,16 +114,18 @@ __device__ void consume_down(const ManyTokensArgs& args, int group) {
   using Down = Consumer<T, false>;
   const Stages stages(args.shared_bytes);
   Down(stages, group).run([&](const Task& task) {
-    const int64_t at = args.row_of_z(task.layer, task.first_token) + task.first_row;
+    const int64_t at = args.row_of_part(task.layer, task.first_token) + task.first_row;
     const float* scales = reinterpret_cast<const float*>(args.call.arena + task.scale_offset);
-    return StoreZ<typename Down::Sums>{args.parts == 1 ? args.z + at : nullptr,
-                                       args.z_parts + task.part * args.part_size() + at,
-                                       static_cast<int>(args.z_width),
-                                       task.tokens,
-                                       scales + task.first_row,
-                                       task.rank - task.first_row,
-                                       stages.behind().scales[group],
-                                       group};
+    return StoreZ<typename Down::Sums>{
+        args.parts == 1 ? args.tile_of_z(task.layer, task.first_row, task.first_token) : nullptr,
+        args.z_parts + task.part * args.part_size() + at,
+        args.z_step(),
+        static_cast<int>(args.z_width),
+        task.tokens,
+        scales + task.first_row,
+        task.rank - task.first_row,
+        stages.behind().scales[group],
+        group};
   });
 }
 
@@ -162,7 +173,7 @@ __global__ void __launch_bounds__(kJoinThreads)
     const auto* all_scales = reinterpret_cast<const float*>(call.arena + entry.scale_offset);
     const int eights = (entry.rank + kStepCodes - 1) / kStepCodes * (kStepCodes / 8);
     const int tokens = min(kJoinTokens, tile.count - first);
-    const int64_t row = args.row_of_z(layer, tile.first + first);
+    const int64_t row = args.row_of_part(layer, tile.first + first);
     for (int i = threadIdx.x; i < eights * tokens; i += kJoinThreads) {
       const int component = i % eights * 8;
       float scales[8];
@@ -171,9 +182,10 @@ __global__ void __launch_bounds__(kJoinThreads)
         scales[j] = component + j < entry.rank ? all_scales[component + j] : 0.0f;
       }
       wait_for_previous_kernel();
-      const int64_t at = row + i / eights * args.z_width;
-      *reinterpret_cast<uint4*>(args.z + at + component) =
-          join_parts(args, at + at_in_part(component), scales);
+      const int64_t at = row + i / eights * args.z_width + at_in_part(component);
+      uint16_t* z = args.tile_of_z(layer, component, tile.first) +
+                    8 * chunk_of(first + i / eights, component % kStepCodes / 8);
+      *reinterpret_cast<uint4*>(z) = join_parts(args, at, scales);
     }
   }
   wait_for_previous_kernel();
@@ -182,9 +194,8 @@ __global__ void __launch_bounds__(kJoinThreads)
 __device__ void produce_up(const ManyTokensArgs& args, int group) {
   Producer<__nv_bfloat16, true> producer(Stages(args.shared_bytes), group);
   for_products<true>(args, [&](const Product& product) {
-    const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(product.layer, 0));
-    producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
-                               args.call.tokens, true});
+    const auto* z = reinterpret_cast<const char*>(args.tile_of_z(product.layer, 0, 0));
+    producer.run(product, {z, args.z_step() * 2});
   });
   producer.finish();
 }
@@ -233,7 +244,7 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // Scratch, piece by piece, each aligned to 256 bytes.
 struct Scratch {
-  size_t order, tiles, tile_count, z, z_parts, bytes;
+  size_t order, tile_count, z, z_parts, bytes;
   int max_tiles, parts;
   int64_t z_width;
 };
@@ -272,8 +283,8 @@ Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   scratch.z_width = (args.max_rank + kTileRows - 1) / kTileRows * kTileRows;
   scratch.parts = choose_parts(args, scratch.z_width, multiprocessors);
   scratch.order = take(args.tokens * 4);
-  scratch.tiles = take(int64_t{scratch.max_tiles} * static_cast<int64_t>(sizeof(TokenTile)));
-  scratch.tile_count = take(4);
+  // The first tiles come with their number.
+  scratch.tile_count = take(4 + int64_t{scratch.max_tiles} * int64_t{sizeof(TokenTile)});
   const int64_t z = args.layer_count * args.tokens * scratch.z_width;
   scratch.z = take(z * 2);
   scratch.z_parts = take(scratch.parts > 1 ? z * 4 * scratch.parts : 0);
@@ -295,7 +306,7 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
   const Scratch scratch = divide_scratch(call, device.multiprocessors);
   auto* base = static_cast<char*>(call.scratch);
   const SortTarget target = {reinterpret_cast<int*>(base + scratch.order),
-                             reinterpret_cast<TokenTile*>(base + scratch.tiles),
+                             reinterpret_cast<TokenTile*>(base + scratch.tile_count + 4),
                              reinterpret_cast<int*>(base + scratch.tile_count), scratch.max_tiles};
   ManyTokensArgs args = {};
   args.call = call;

@@ -42,8 +42,9 @@ constexpr int kThreadLines = kTileTokens / kLineStride;   // of which a producer
 
 // What a group of producers notes of a product.
 struct alignas(16) Notes {
-  uint32_t rows[kLineStride][kThreadLines];  // of x or z for the lines of a tile, see TokenTiles
+  uint32_t rows[kLineStride][kThreadLines];  // of x for the lines of a tile, see XTiles
   Counts counts;
+  uint32_t m;  // see Weights
 };
 
 // What consumers must know of a product: in the first stage of it.
@@ -81,40 +82,44 @@ struct Stages {
   }
 };
 
-// Rows of x or z.
-struct Rows {
+// A producer thread has one chunk of every 16th line of a tile of tokens. A line without a token is
+// left as it is: nobody reads what becomes of it.
+__device__ __forceinline__ int thread_lines(int tokens, int thread) {
+  return (tokens - thread / kLineChunks + kLineStride - 1) / kLineStride;
+}
+constexpr int kThreadLineBytes = kLineStride * kLineBytes;  // from one to the next
+
+// x, row by row.
+struct XRows {
   const char* data;
   int64_t row_bytes;
   int codes;         // numbers of a row
-  const int* order;  // row of a sorted token; null: they are sorted
+  const int* order;  // row of a sorted token
   int64_t count;     // of rows
   bool aligned;      // whether rows begin at multiples of 16 bytes, less than 2^32 of them away
 };
 
-// A thread's share of the token tiles of one product: one chunk of every 16th line. A line without
-// a token is left as it is: nobody reads what becomes of it.
-class TokenTiles {
+// A thread's share of x's tiles of one product.
+class XTiles {
  public:
+  using Source = XRows;
+
   // A thread's share of the rows' places: in units of 16 bytes, or in rows that are not aligned.
-  __device__ static void note(const Rows& rows, const Product& product, int thread, Notes& notes) {
+  __device__ static void note(const XRows& rows, const Product& product, int thread, Notes& notes) {
     const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
     for (int line = thread; line < kTileTokens; line += kGroupThreads) {
-      int row = 0;
-      if (line < product.tokens) {
-        row = product.first_token + line;
-        if (rows.order != nullptr) row = rows.order[row];
-      }
+      const int row = line < product.tokens ? rows.order[product.first_token + line] : 0;
       notes.rows[line % kLineStride][line / kLineStride] =
           row >= 0 && row < rows.count ? row * units : 0;
     }
   }
 
   // From a step on, every kProducers'th.
-  __device__ void begin(const Rows& rows, const Product& product, int step, int thread,
+  __device__ void begin(const XRows& rows, const Product& product, int step, int thread,
                         const Notes& notes) {
     const int line = thread / kLineChunks, chunk = thread % kLineChunks;
-    lines_ = (product.tokens - line + kLineStride - 1) / kLineStride;
+    lines_ = thread_lines(product.tokens, thread);
     rows_ = reinterpret_cast<const uint4*>(notes.rows[line]);
     k_ = step * kStepCodes + chunk * 8;
     source_ = rows.data + k_ * 2;
@@ -122,35 +127,42 @@ class TokenTiles {
   }
 
   // 64 k, zeros behind the last, into the tile at a shared address.
-  __device__ void copy(const Rows& rows, uint32_t tile) {
-    constexpr int kBytes = kLineStride * kLineBytes;  // from line to line
-    if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
-      uint4 fours[kThreadLines / 4];
-#pragma unroll
-      for (int i = 0; i < kThreadLines / 4; ++i) fours[i] = rows_[i];
-#pragma unroll
-      for (int i = 0; i < kThreadLines; ++i) {
-        if (i >= lines_) continue;
-        const uint4& four = fours[i / 4];
-        const uint32_t row =
-            i % 4 < 2 ? (i % 4 == 0 ? four.x : four.y) : (i % 4 == 2 ? four.z : four.w);
-        copy_async_16(tile + target_ + i * kBytes, source_ + uint64_t{row} * 16);
-      }
+  __device__ void copy(const XRows& rows, uint32_t tile) {
+    const bool whole = rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes;
+    if (whole && lines_ == kThreadLines) {
+      copy_all(tile + target_);
     } else {
 #pragma unroll 1
       for (int i = 0; i < lines_; ++i) {
         const uint32_t row = reinterpret_cast<const uint32_t*>(rows_)[i];
-        const int64_t at = int64_t{row} * (rows.aligned ? 16 : rows.row_bytes);
-        store_shared(tile + target_ + i * kBytes, piece(rows, source_ + at));
+        const char* source = source_ + int64_t{row} * (rows.aligned ? 16 : rows.row_bytes);
+        const uint32_t target = tile + target_ + i * kThreadLineBytes;
+        if (whole) {
+          copy_async_16(target, source);
+        } else {
+          store_shared(target, piece(rows, source));
+        }
       }
     }
-    commit_copies();
     k_ += kProducers * kStepCodes;
     source_ += kProducers * kStepCodes * 2;
   }
 
  private:
-  __device__ uint4 piece(const Rows& rows, const char* source) const {
+  __device__ void copy_all(uint32_t target) const {
+    uint4 fours[kThreadLines / 4];
+#pragma unroll
+    for (int i = 0; i < kThreadLines / 4; ++i) fours[i] = rows_[i];
+#pragma unroll
+    for (int i = 0; i < kThreadLines; ++i) {
+      const uint4& four = fours[i / 4];
+      const uint32_t row =
+          i % 4 < 2 ? (i % 4 == 0 ? four.x : four.y) : (i % 4 == 2 ? four.z : four.w);
+      copy_async_16(target + i * kThreadLineBytes, source_ + uint64_t{row} * 16);
+    }
+  }
+
+  __device__ uint4 piece(const XRows& rows, const char* source) const {
     const auto* numbers = reinterpret_cast<const uint16_t*>(source);
     uint32_t pair[4] = {};
 #pragma unroll
@@ -167,6 +179,46 @@ class TokenTiles {
   uint32_t target_;
 };
 
+// z, tile by tile as it will lie in shared memory.
+struct ZTilesInMemory {
+  const char* data;    // of the layer
+  int64_t step_bytes;  // of 64 k of all tokens
+};
+
+class ZTiles {
+ public:
+  using Source = ZTilesInMemory;
+
+  __device__ static void note(const ZTilesInMemory&, const Product&, int, Notes&) {}
+
+  __device__ void begin(const ZTilesInMemory& z, const Product& product, int step, int thread,
+                        const Notes&) {
+    lines_ = thread_lines(product.tokens, thread);
+    target_ = 16 * thread;
+    source_ = z.data + step * z.step_bytes + int64_t{product.first_token} * kLineBytes + target_;
+  }
+
+  __device__ void copy(const ZTilesInMemory& z, uint32_t tile) {
+    if (lines_ == kThreadLines) {
+#pragma unroll
+      for (int i = 0; i < kThreadLines; ++i) copy_line(tile, i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < lines_; ++i) copy_line(tile, i);
+    }
+    source_ += kProducers * z.step_bytes;
+  }
+
+ private:
+  __device__ void copy_line(uint32_t tile, int i) const {
+    copy_async_16(tile + target_ + i * kThreadLineBytes, source_ + i * kThreadLineBytes);
+  }
+
+  int lines_;
+  const char* source_;
+  uint32_t target_;
+};
+
 // Producers walk the products, each of the groups all of them, and count the same steps.
 template <typename T, bool kUp>
 class Producer {
@@ -174,17 +226,21 @@ class Producer {
   __device__ Producer(const Stages& stages, int group)
       : stages_(stages), group_(group), notes_(stages.behind().notes[group]), stage_(group) {}
 
-  // Rows are read behind wait_for_previous_kernel().
-  __device__ void run(const Product& product, const Rows& rows) {
+  using Tokens = std::conditional_t<kUp, ZTiles, XTiles>;
+  using Source = typename Tokens::Source;
+
+  // The source is read behind wait_for_previous_kernel().
+  __device__ void run(const Product& product, const Source& source) {
     int step = product.first_step + (group_ + steps_) % kProducers;
     steps_ += product.last_step - product.first_step;  // at least one
     if (step >= product.last_step) return;
-    begin(product, rows, step);
+    begin(product, source, step);
     wait_for_previous_kernel();
     for (; step < product.last_step; step += kProducers) {
       take_stage();
       if (step == product.first_step) note_task(product);
-      tokens_.copy(rows, stages_.tokens(stage_));
+      tokens_.copy(source, stages_.tokens(stage_));
+      commit_copies();
       weights_.store(stages_.weights(stage_));
       wait_copies<1>();  // of the stage before: its copies have had this long
       give_open_stage();
@@ -214,17 +270,17 @@ class Producer {
   }
 
  private:
-  __device__ void begin(const Product& product, const Rows& rows, int step) {
+  __device__ void begin(const Product& product, const Source& source, int step) {
     const int thread = threadIdx.x % kGroupThreads;
     const auto meet = [&] { barrier_sync(kFirstProducerBarrier + group_, kGroupThreads); };
     meet();  // the notes of the product before are read
-    if (thread == 0) notes_.counts = product.counts;
+    if (thread == 0) notes_.counts = product.counts, notes_.m = weights_.kM;
     meet();
-    weights_.begin(product, notes_.counts, thread);
+    weights_.begin(product, notes_.counts, notes_.m, thread);
     weights_.load(product, notes_.counts, step);
-    TokenTiles::note(rows, product, thread, notes_);
+    Tokens::note(source, product, thread, notes_);
     meet();
-    tokens_.begin(rows, product, step, thread, notes_);
+    tokens_.begin(source, product, step, thread, notes_);
   }
 
   // Waits until the next stage may be filled.
@@ -262,7 +318,7 @@ class Producer {
   const int group_;
   Notes& notes_;
   Weights<T, kUp> weights_;
-  TokenTiles tokens_;
+  Tokens tokens_;
   int steps_ = 0;          // of all products so far
   int stage_;              // the next one
   bool all_used_ = false;  // whether it has been filled before

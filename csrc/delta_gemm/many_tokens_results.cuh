@@ -47,9 +47,10 @@ constexpr int kPartHalf = 16;  // from j to j + 4
 // z = scale · sums, in bf16, or the sums of a part of the inputs, in fp32.
 template <typename Sums>
 struct StoreZ {
-  uint16_t* z;  // of this product's first token and component; if null, the part:
-  float* part;  // likewise
-  int z_width;
+  uint16_t* z;          // of this product's first token and component; if null, the part:
+  float* part;          // likewise
+  int64_t z_step;       // numbers from 64 components of z to the next 64
+  int z_width;          // of a part
   int tokens;           // of the product
   const float* scales;  // of the tile's components,
   int components;       // so many of them
@@ -77,7 +78,8 @@ struct StoreZ {
         const int row = sums.row(n);
         const EightSums eight = sums.eight(i, n);
         if (z != nullptr) {
-          *reinterpret_cast<uint4*>(z + token * z_width + row) =
+          uint16_t* target = z + row / kStepCodes * z_step;
+          *reinterpret_cast<uint4*>(target + 8 * chunk_of(token, row % kStepCodes / 8)) =
               scale_eight(eight, group_scales + row);
         } else {
           float* target = part + token * z_width + at_in_part(row);

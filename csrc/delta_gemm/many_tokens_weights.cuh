@@ -119,12 +119,12 @@ struct WidthRange {
 template <typename T, bool kUp>
 class Weights {
  public:
-  // The compiler must not know m, or it takes two instructions to mask codes and put m over them:
-  // one has room for one constant only.
-  __device__ Weights() : m_(__shfl_sync(0xffffffffu, both(Exponent<T>::kM), 0)) {}
+  static constexpr uint32_t kM = both(Exponent<T>::kM);
 
-  // counts: of the product, in shared memory.
-  __device__ void begin(const Product& product, const Counts& counts, int thread) {
+  // counts: of the product, in shared memory. m: kM, but the compiler must not know it, or it takes
+  // two instructions to mask codes and put m over them: one has room for one constant only.
+  __device__ void begin(const Product& product, const Counts& counts, uint32_t m, int thread) {
+    m_ = m;
     line_ = thread;
     whole_words_ = reinterpret_cast<uintptr_t>(product.factor.words) % 16 == 0;
     range_ = WidthRange{};
@@ -190,7 +190,7 @@ class Weights {
     first_block_ = block % kPanelBlocks;
   }
 
-  const uint32_t m_;
+  uint32_t m_ = 0;
   int line_ = 0;
   int component_ = 0;
   WidthRange range_;

@@ -116,6 +116,8 @@ TEST_F(DeltaGemmCuda, WholeTiles) {
     call.y_gap = 8;
     check<Half>(call);
     check<BFloat16>(call);
+    call.slots.assign(520, 0);
+    check<BFloat16>(call);
   }
 }
 
@@ -301,7 +303,10 @@ TEST_F(DeltaGemmCudaDevices, FewTokensOnAnyDevice) {
 }
 
 TEST_F(DeltaGemmCudaDevices, ManyTokensOnAnyDevice) {
-  on_any_device([] { check<BFloat16>({{mixed_bank(1300, 200)}, mixed_slots(131)}); });
+  on_any_device([] {
+    check<BFloat16>({{mixed_bank(1300, 200)}, mixed_slots(131)});
+    check<Half>({{mixed_bank(1344, 136, 4)}, std::vector<int32_t>(260, 3)});
+  });
 }
 
 #endif

@@ -242,26 +242,20 @@ class Producer {
       tokens_.copy(source, stages_.tokens(stage_));
       commit_copies();
       weights_.store(stages_.weights(stage_));
-      wait_copies<1>();  // of the stage before: its copies have had this long
-      give_open_stage();
-      open_stage_ = stage_;
+      give_stage();
       if (step + kProducers < product.last_step) {
         weights_.load(product, notes_.counts, step + kProducers);
       }
-      next_stage();
     }
   }
 
   // At the end: a stage that says so, and every barrier is met by all.
   __device__ void finish() {
     wait_for_previous_kernel();
-    hand_over();
     if (steps_ % kProducers == group_) {
       take_stage();
       note_task(Product{});
-      open_stage_ = stage_;
-      hand_over();
-      next_stage();
+      give_stage();
     }
     const int used = all_used_ ? stages_.count : stage_;
     for (int stage = group_; stage < used; stage += kProducers) {
@@ -285,11 +279,13 @@ class Producer {
 
   // Waits until the next stage may be filled.
   __device__ void take_stage() {
-    if (stages_.count == kProducers) hand_over();  // or it would wait for itself
     if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
   }
 
-  __device__ void next_stage() {
+  __device__ void give_stage() {
+    wait_copies<0>();
+    fence_shared_for_wgmma();
+    barrier_arrive(stages_.full(stage_), kFullThreads);
     stage_ += kProducers;
     if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
   }
@@ -302,18 +298,6 @@ class Producer {
                                       product.layer,        product.part};
   }
 
-  __device__ void hand_over() {
-    wait_copies<0>();
-    give_open_stage();
-  }
-
-  __device__ void give_open_stage() {
-    if (open_stage_ < 0) return;
-    fence_shared_for_wgmma();
-    barrier_arrive(stages_.full(open_stage_), kFullThreads);
-    open_stage_ = -1;
-  }
-
   const Stages stages_;
   const int group_;
   Notes& notes_;
@@ -322,7 +306,6 @@ class Producer {
   int steps_ = 0;          // of all products so far
   int stage_;              // the next one
   bool all_used_ = false;  // whether it has been filled before
-  int open_stage_ = -1;    // filled, its copies under way
 };
 
 template <typename T, bool kUp>

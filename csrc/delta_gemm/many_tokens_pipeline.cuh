@@ -242,10 +242,10 @@ class Producer {
       tokens_.copy(source, stages_.tokens(stage_));
       commit_copies();
       weights_.store(stages_.weights(stage_));
+      const bool more = step + kProducers < product.last_step;
+      if (more) weights_.aim(product, notes_.counts, step + kProducers);  // while copies arrive
       give_stage();
-      if (step + kProducers < product.last_step) {
-        weights_.load(product, notes_.counts, step + kProducers);
-      }
+      if (more) weights_.load();
     }
   }
 
@@ -271,7 +271,8 @@ class Producer {
     if (thread == 0) notes_.counts = product.counts, notes_.m = weights_.kM;
     meet();
     weights_.begin(product, notes_.counts, notes_.m, thread);
-    weights_.load(product, notes_.counts, step);
+    weights_.aim(product, notes_.counts, step);
+    weights_.load();
     Tokens::note(source, product, thread, notes_);
     meet();
     tokens_.begin(source, product, step, thread, notes_);

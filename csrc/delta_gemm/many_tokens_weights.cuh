@@ -136,8 +136,9 @@ class Weights {
     }
   }
 
-  // Behind the last component or input stand any codes: z, or x, is zero there.
-  __device__ void load(const Product& product, const Counts& counts, int step) {
+  // Where the words of a step are. Behind the last component or input stand any codes: z, or x, is
+  // zero there.
+  __device__ void aim(const Product& product, const Counts& counts, int step) {
     if constexpr (kUp) {
       component_ = min(step * kStepCodes + line_ % kStepCodes, product.rank - 1);
       range_.seek(counts, component_);
@@ -145,12 +146,15 @@ class Weights {
       place(product.factor, step * kStepBlocks);
     }
     const int before = range_.origin + component_ * range_.bits;
-    const uint32_t* source = panel_ + (before * panel_blocks_ + first_block_ * range_.bits);
+    source_ = panel_ + (before * panel_blocks_ + first_block_ * range_.bits);
+  }
+
+  __device__ void load() {
     if (whole_words_ && panel_blocks_ == kPanelBlocks) {
       for_width(range_.bits, [&](auto width) {
         constexpr int kCount = kStepBlocks * decltype(width)::value;
         uint32_t loaded[kCount];
-        load_words(source, loaded);
+        load_words(source_, loaded);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) words_[i] = loaded[i];
       });
@@ -158,7 +162,7 @@ class Weights {
     }
     const int count = max(0, min(kStepBlocks, panel_blocks_ - first_block_)) * range_.bits;
 #pragma unroll
-    for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source[i] : 0u;
+    for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source_[i] : 0u;
   }
 
   // Into the tile at a shared address.
@@ -198,6 +202,7 @@ class Weights {
   const uint32_t* panel_ = nullptr;
   int panel_blocks_ = 0;  // of a lane
   int first_block_ = 0;   // of the panel
+  const uint32_t* source_ = nullptr;
   uint32_t words_[kStepBlocks * kMaxBits];
 };
 

@@ -72,28 +72,28 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], uin
 #define ADAMIX_8_REGISTERS(d, i)                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ADAMIX_WGMMA(type, d, a, b, transposed)                                                    \
+#define ADAMIX_WGMMA(type, d, a, b, add, transposed)                                               \
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-               "%64, %65, 1, 1, 1, 0, %66;"                                                        \
+               "%64, %65, %67, 1, 1, 0, %66;"                                                      \
                : ADAMIX_8_REGISTERS(d, 0), ADAMIX_8_REGISTERS(d, 8), ADAMIX_8_REGISTERS(d, 16),    \
                  ADAMIX_8_REGISTERS(d, 24), ADAMIX_8_REGISTERS(d, 32), ADAMIX_8_REGISTERS(d, 40),  \
                  ADAMIX_8_REGISTERS(d, 48), ADAMIX_8_REGISTERS(d, 56)                              \
-               : "l"(a), "l"(b), "n"(transposed))
+               : "l"(a), "l"(b), "n"(transposed), "n"(add))
 
 // Hopper's products of a group of 4 warps, d[64, 128] += a[64, 16] · b[16, 128], both in shared
 // memory (descriptors as in tile_product.cuh), sums in fp32. a's k lie side by side; b's do if
 // kAlongK, else its columns do. Warp w has rows 16w ..: as mma_pairs' c, d[4n ..] being columns
-// 8n ...
-template <typename T, bool kAlongK>
+// 8n ... If not kAdd, d is set instead: zeros put there by hand would have to be waited for.
+template <typename T, bool kAlongK, bool kAdd>
 __device__ __forceinline__ void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
   if constexpr (std::is_same_v<T, __half>) {
-    ADAMIX_WGMMA("f16", d, a, b, kAlongK ? 0 : 1);
+    ADAMIX_WGMMA("f16", d, a, b, kAdd ? 1 : 0, kAlongK ? 0 : 1);
   } else {
-    ADAMIX_WGMMA("bf16", d, a, b, kAlongK ? 0 : 1);
+    ADAMIX_WGMMA("bf16", d, a, b, kAdd ? 1 : 0, kAlongK ? 0 : 1);
   }
 }
 
@@ -110,16 +110,32 @@ __device__ __forceinline__ void wgmma_commit() {
 }
 
 // Until at most kPending committed runs are under way; behind the last, d may be read.
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait(float (&d)[64]) {
+template <int kPending, int kBlocks>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kBlocks][64]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   if constexpr (kPending == 0) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+    for (int i = 0; i < 64 * kBlocks; ++i) asm volatile("" : "+f"(d[i / 64][i % 64])::"memory");
   }
 }
 
 #endif
+
+// How many registers the threads of a group of 4 warps have from here on: fewer at once, more as
+// soon as others have given theirs. Multiples of 8; only Hopper's kernels are written for it.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
 
 // a * b + c on both numbers of a pair, rounded once.
 template <typename T>

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "common/cuda_launch.cuh"
 #include "delta_gemm/many_tokens.cuh"
@@ -7,14 +8,19 @@
 // delta_gemm where many tokens share a delta: arithmetic bounds the time, so codes are turned into
 // 16-bit levels once a tile and multiplied on the tensor cores. Four kernels:
 //
-//   sort   tokens by slot, cut into tiles of 128 of one slot
-//   down   z = scale · V x     128 tokens times 128 components, a part of the inputs each
-//   join   z = sum over the parts, rounded to bf16           (where there is more than one part)
-//   up     y += U z            128 tokens times 128 outputs, all components
+//   sort   tokens by slot, cut into tiles of 256 (128) of one slot
+//   down   z = scale · V x     256 tokens times 128 components, a part of the inputs each
+//   join   z = scale · sum over the parts                    (where there is more than one part)
+//   up     y += U z            256 tokens times 128 outputs, all components
 //
 // down and up are persistent: a thread block goes from product to product, its producer warps ahead
 // of its consumers (many_tokens_pipeline.cuh). z is rounded once to bf16: it is an operand of the
-// second product.
+// second product, and lies in memory as up's tiles will in shared memory (tile_product.cuh):
+//
+//   z   [layers, z_width / 64, sorted tokens, 64], the chunks of line l of a tile exchanged by l
+//
+// Kernels overlap. down lets the next one start once the sort is complete: so join and up may read
+// what the sort wrote before they wait for the kernel before them.
 namespace adamix {
 namespace {
 
@@ -24,22 +30,29 @@ constexpr int kJoinTokens = 2;  // of a tile, a thread block at a time
 struct ManyTokensArgs {
   DeltaGemmCudaArgs call;
   SortedTokens sorted;
-  int stages;       // of the pipelines
-  int parts;        // of the inputs
-  int row_tiles;    // of the layer with most outputs
-  int64_t z_width;  // a multiple of kTileRows
-  uint16_t* z;      // bf16 [layers, tokens, z_width], tokens sorted
-  float* z_parts;   // [parts, layers, tokens, z_width]; only if parts > 1
+  int shared_bytes;  // of the pipelines
+  int parts;         // of the inputs
+  int row_tiles;     // of the layer with most outputs
+  int64_t z_width;   // a multiple of kTileRows
+  uint16_t* z;       // bf16, see above
+  float* z_parts;    // [parts, layers, tokens, z_width]; only if parts > 1
 
-  // Where a sorted token's row begins in z, and in every part.
-  __device__ int64_t row_of_z(int layer, int sorted_token) const {
+  // Numbers from 64 components of z to the next 64.
+  __device__ int64_t z_step() const { return call.tokens * kStepCodes; }
+  // Where the 64 components around one begin, of a tile whose first token is this one.
+  __device__ uint16_t* tile_of_z(int layer, int component, int first_token) const {
+    const int64_t step = layer * (z_width / kStepCodes) + component / kStepCodes;
+    return z + step * z_step() + int64_t{first_token} * kStepCodes;
+  }
+  // Where a sorted token's row begins in every part.
+  __device__ int64_t row_of_part(int layer, int sorted_token) const {
     return (layer * call.tokens + sorted_token) * z_width;
   }
   __device__ int64_t part_size() const { return call.layer_count * call.tokens * z_width; }
 };
 
 // The products of one thread block, in an order in which those that share weights are neighbours.
-// each(product, layer, part, entry) for all.
+// each(product) for all.
 template <bool kUp, typename Each>
 __device__ void for_products(const ManyTokensArgs& args, Each each) {
   const DeltaGemmCudaArgs& call = args.call;
@@ -66,24 +79,54 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
                          : make_factor(call.arena + entry.v_offset, entry.counts, call.in);
     product.first_token = tile.first;
     product.tokens = tile.count;
-    each(product, layer, part, entry);
+    product.layer = layer;
+    product.part = part;
+    product.scale_offset = entry.scale_offset;
+    each(product);
   }
 }
 
-__device__ bool is_producer(int& group) {
-  group = threadIdx.x / kGroupThreads;
-  if (group < kProducers) return true;
-  group -= kProducers;
-  return false;
+// Consumers have most of the registers: their sums.
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
+static_assert((kProducers * kProducerRegisters + kConsumers * kConsumerRegisters) * kGroupThreads <=
+                  65536,
+              "there are no more");
+
+template <typename T>
+__device__ void produce_down(const ManyTokensArgs& args, int group) {
+  const DeltaGemmCudaArgs& call = args.call;
+  const int64_t bytes = call.x_row_stride * 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
+                       call.tokens * (bytes / 16) < int64_t{1} << 32;
+  const XRows x = {static_cast<const char*>(call.x),
+                   bytes,
+                   static_cast<int>(call.in),
+                   args.sorted.order,
+                   call.tokens,
+                   aligned};
+  Producer<T, false> producer(Stages(args.shared_bytes), group);
+  for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
+  producer.finish();
 }
 
-// The scales of a tile's components into shared memory, by all consumers; 0 where there is none.
-__device__ void load_scales(const float* scales, const Product& product, float* tile) {
-  const int i = threadIdx.x % kConsumerThreads, component = product.first_row + i;
-  const float scale = i < kTileRows && component < product.rank ? scales[component] : 0.0f;
-  barrier_sync(kConsumerBarrier, kConsumerThreads);  // those of the product before are read
-  if (i < kTileRows) tile[i] = scale;
-  barrier_sync(kConsumerBarrier, kConsumerThreads);
+template <typename T>
+__device__ void consume_down(const ManyTokensArgs& args, int group) {
+  using Down = Consumer<T, false>;
+  const Stages stages(args.shared_bytes);
+  Down(stages, group).run([&](const Task& task) {
+    const int64_t at = args.row_of_part(task.layer, task.first_token) + task.first_row;
+    const float* scales = reinterpret_cast<const float*>(args.call.arena + task.scale_offset);
+    return StoreZ<typename Down::Sums>{
+        args.parts == 1 ? args.tile_of_z(task.layer, task.first_row, task.first_token) : nullptr,
+        args.z_parts + task.part * args.part_size() + at,
+        args.z_step(),
+        static_cast<int>(args.z_width),
+        task.tokens,
+        scales + task.first_row,
+        task.rank - task.first_row,
+        stages.behind().scales[group],
+        group};
+  });
 }
 
 template <typename T>
@@ -91,41 +134,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ ManyTokensArgs args) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const DeltaGemmCudaArgs& call = args.call;
-  int group;
-  if (is_producer(group)) {
-    const int64_t bytes = call.x_row_stride * 2;
-    const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
-                         call.tokens * (bytes / 16) < int64_t{1} << 32;
-    const Rows x = {static_cast<const char*>(call.x),
-                    bytes,
-                    static_cast<int>(call.in),
-                    args.sorted.order,
-                    call.tokens,
-                    aligned};
-    Producer<T, false> producer(Stages(args.stages), group);
-    for_products<false>(
-        args, [&](const Product& product, int, int, const Entry&) { producer.run(product, x); });
-    producer.finish();
-    return;
+  const int group = threadIdx.x / kGroupThreads;
+  if (group < kProducers) {
+    give_registers<kProducerRegisters>();
+    produce_down<T>(args, group);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume_down<T>(args, group - kProducers);
   }
-  using Down = Consumer<T, false>;
-  Down consumer(Stages(args.stages), group);
-  float* scales = Stages(args.stages).behind();
-  for_products<false>(args, [&](const Product& product, int layer, int part, const Entry& entry) {
-    load_scales(reinterpret_cast<const float*>(call.arena + entry.scale_offset), product, scales);
-    const int64_t at = args.row_of_z(layer, product.first_token) + product.first_row;
-    uint16_t* z = args.parts == 1 ? args.z + at : nullptr;
-    float* z_part = args.z_parts + part * args.part_size() + at;
-    consumer.run(product,
-                 StoreZ<typename Down::Sums>{z, z_part, args.z_width, product.tokens, scales});
-  });
 }
 
-// z = sum of the parts, in their order. A thread has eight components of a token.
+// z of eight components of a token, which begin there in every part.
+__device__ uint4 join_parts(const ManyTokensArgs& args, int64_t at, const float (&scales)[8]) {
+  EightSums sums = {};
+#pragma unroll 8
+  for (int part = 0; part < args.parts; ++part) {
+    const float* z = args.z_parts + part * args.part_size() + at;
+    const auto low = *reinterpret_cast<const float4*>(z);
+    const auto high = *reinterpret_cast<const float4*>(z + kPartHalf);
+    sums.at[0] += low.x, sums.at[1] += low.y, sums.at[2] += low.z, sums.at[3] += low.w;
+    sums.at[4] += high.x, sums.at[5] += high.y, sums.at[6] += high.z, sums.at[7] += high.w;
+  }
+  return scale_eight(sums, scales);
+}
+
+// z = scale · sum of the parts, in their order. A thread has eight components of a token.
 __global__ void __launch_bounds__(kJoinThreads)
     join_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
   const DeltaGemmCudaArgs& call = args.call;
   constexpr unsigned kRuns = kTileTokens / kJoinTokens;  // of tokens of a tile
@@ -135,49 +170,61 @@ __global__ void __launch_bounds__(kJoinThreads)
     const int layer = work / kRuns / tiles, first = work % kRuns * kJoinTokens;
     if (first >= tile.count) continue;
     const Entry entry = load_entry(call.layers[layer].table, tile.slot, call.max_rank);
+    const auto* all_scales = reinterpret_cast<const float*>(call.arena + entry.scale_offset);
     const int eights = (entry.rank + kStepCodes - 1) / kStepCodes * (kStepCodes / 8);
     const int tokens = min(kJoinTokens, tile.count - first);
-    const int64_t row = args.row_of_z(layer, tile.first + first);
+    const int64_t row = args.row_of_part(layer, tile.first + first);
     for (int i = threadIdx.x; i < eights * tokens; i += kJoinThreads) {
-      const int64_t at = row + i / eights * args.z_width + i % eights * 8;
-      float sums[8] = {};
-#pragma unroll 4
-      for (int part = 0; part < args.parts; ++part) {
-        const auto* z =
-            reinterpret_cast<const float4*>(args.z_parts + part * args.part_size() + at);
-        const float4 low = z[0], high = z[1];
-        sums[0] += low.x, sums[1] += low.y, sums[2] += low.z, sums[3] += low.w;
-        sums[4] += high.x, sums[5] += high.y, sums[6] += high.z, sums[7] += high.w;
+      const int component = i % eights * 8;
+      float scales[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        scales[j] = component + j < entry.rank ? all_scales[component + j] : 0.0f;
       }
-      *reinterpret_cast<uint4*>(args.z + at) = round_eight<__nv_bfloat16>(sums);
+      wait_for_previous_kernel();
+      const int64_t at = row + i / eights * args.z_width + at_in_part(component);
+      uint16_t* z = args.tile_of_z(layer, component, tile.first) +
+                    8 * chunk_of(first + i / eights, component % kStepCodes / 8);
+      *reinterpret_cast<uint4*>(z) = join_parts(args, at, scales);
     }
   }
+  wait_for_previous_kernel();
+}
+
+__device__ void produce_up(const ManyTokensArgs& args, int group) {
+  Producer<__nv_bfloat16, true> producer(Stages(args.shared_bytes), group);
+  for_products<true>(args, [&](const Product& product) {
+    const auto* z = reinterpret_cast<const char*>(args.tile_of_z(product.layer, 0, 0));
+    producer.run(product, {z, args.z_step() * 2});
+  });
+  producer.finish();
+}
+
+template <typename T>
+__device__ void consume_up(const ManyTokensArgs& args, int group) {
+  using Up = Consumer<__nv_bfloat16, true>;
+  Up(Stages(args.shared_bytes), group).run([&](const Task& task) {
+    return AddToY<T, typename Up::Sums>{args.call.layers[task.layer],
+                                        args.sorted.order + task.first_token,
+                                        args.call.tokens,
+                                        task.tokens,
+                                        task.first_row,
+                                        group};
+  });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     up_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
-  const DeltaGemmCudaArgs& call = args.call;
-  int group;
-  if (is_producer(group)) {
-    Producer<__nv_bfloat16, true> producer(Stages(args.stages), group);
-    for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-      const auto* z = reinterpret_cast<const char*>(args.z + args.row_of_z(layer, 0));
-      producer.run(product, Rows{z, args.z_width * 2, static_cast<int>(args.z_width), nullptr,
-                                 call.tokens, true});
-    });
-    producer.finish();
-    return;
+  const int group = threadIdx.x / kGroupThreads;
+  if (group < kProducers) {
+    give_registers<kProducerRegisters>();
+    produce_up(args, group);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume_up<T>(args, group - kProducers);
   }
-  using Up = Consumer<__nv_bfloat16, true>;
-  Up consumer(Stages(args.stages), group);
-  for_products<true>(args, [&](const Product& product, int layer, int, const Entry&) {
-    consumer.run(product, AddToY<T, typename Up::Sums>{
-                              call.layers[layer], args.sorted.order + product.first_token,
-                              call.tokens, product.tokens, product.first_row});
-  });
 }
 
 __global__ void __launch_bounds__(kSortThreads)
@@ -197,10 +244,31 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // Scratch, piece by piece, each aligned to 256 bytes.
 struct Scratch {
-  size_t order, tiles, tile_count, z, z_parts, bytes;
+  size_t order, tile_count, z, z_parts, bytes;
   int max_tiles, parts;
   int64_t z_width;
 };
+
+// Into how many parts down cuts the inputs, so that its products fill the multiprocessors and end
+// together. What a part costs the join is counted in steps of a product as well; all of it is an
+// estimate, of tokens that share few slots.
+int choose_parts(const DeltaGemmCudaArgs& args, int64_t z_width, int multiprocessors) {
+  constexpr int64_t kJoinSteps = 5, kBytesOfStep = 2 << 20, kLeastSteps = 8, kMostProducts = 4;
+  // 1024 components are what a 7B model's matrices have at one bit a weight.
+  const int64_t tiles = (args.tokens + 2 * kLeastTileTokens - 1) / (2 * kLeastTileTokens) *
+                        args.layer_count * std::min<int64_t>(z_width / kTileRows, 8);
+  const int64_t steps = (args.in + kStepCodes - 1) / kStepCodes;
+  const int64_t part_bytes = args.layer_count * args.tokens * std::min<int64_t>(z_width, 1024) * 4;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t parts = 1; parts == 1 || parts <= steps / kLeastSteps; ++parts) {
+    if (parts > 1 && tiles * parts > kMostProducts * multiprocessors) break;
+    const int64_t waves = (tiles * parts + multiprocessors - 1) / multiprocessors;
+    const int64_t join = parts > 1 ? kJoinSteps + parts * part_bytes / kBytesOfStep : 0;
+    const int64_t cost = waves * ((steps + parts - 1) / parts) + join;
+    if (cost < least) best = parts, least = cost;
+  }
+  return static_cast<int>(best);
+}
 
 Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   Scratch scratch = {};
@@ -211,18 +279,12 @@ Scratch divide_scratch(const DeltaGemmCudaArgs& args, int multiprocessors) {
   };
   const int64_t slots = args.routes.slots != nullptr ? args.capacity : args.routes.segments;
   scratch.max_tiles =
-      static_cast<int>(args.tokens / kTileTokens + std::min(args.tokens, slots) + 1);
+      static_cast<int>(args.tokens / kLeastTileTokens + std::min(args.tokens, slots) + 1);
   scratch.z_width = (args.max_rank + kTileRows - 1) / kTileRows * kTileRows;
-  // Where few tiles of few components would leave multiprocessors idle, each takes a part of the
-  // inputs; 1024 components are what a 7B model's matrices have at one bit a weight.
-  const int64_t tiles = (args.tokens + kTileTokens - 1) / kTileTokens * args.layer_count *
-                        std::min<int64_t>(scratch.z_width / kTileRows, 8);
-  const int64_t steps = (args.in + kStepCodes - 1) / kStepCodes;
-  scratch.parts = static_cast<int>(std::clamp<int64_t>(
-      multiprocessors / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(1, steps / 8)));
+  scratch.parts = choose_parts(args, scratch.z_width, multiprocessors);
   scratch.order = take(args.tokens * 4);
-  scratch.tiles = take(int64_t{scratch.max_tiles} * static_cast<int64_t>(sizeof(TokenTile)));
-  scratch.tile_count = take(4);
+  // The first tiles come with their number.
+  scratch.tile_count = take(4 + int64_t{scratch.max_tiles} * int64_t{sizeof(TokenTile)});
   const int64_t z = args.layer_count * args.tokens * scratch.z_width;
   scratch.z = take(z * 2);
   scratch.z_parts = take(scratch.parts > 1 ? z * 4 * scratch.parts : 0);
@@ -244,14 +306,13 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
   const Scratch scratch = divide_scratch(call, device.multiprocessors);
   auto* base = static_cast<char*>(call.scratch);
   const SortTarget target = {reinterpret_cast<int*>(base + scratch.order),
-                             reinterpret_cast<TokenTile*>(base + scratch.tiles),
+                             reinterpret_cast<TokenTile*>(base + scratch.tile_count + 4),
                              reinterpret_cast<int*>(base + scratch.tile_count), scratch.max_tiles};
   ManyTokensArgs args = {};
   args.call = call;
   args.sorted = {call.routes.slots != nullptr ? target.order : call.routes.token_indices,
                  target.tiles, target.tile_count};
-  const int stages = (device.shared_bytes - kReservedBytes) / kStageBytes;
-  args.stages = std::clamp(stages / kProducers * kProducers, kProducers, kMaxStages);
+  args.shared_bytes = device.shared_bytes;
   args.parts = scratch.parts;
   for (int i = 0; i < call.layer_count; ++i) {
     args.row_tiles = std::max(args.row_tiles,
@@ -265,9 +326,8 @@ cudaError_t launch_many_tokens(const DeltaGemmCudaArgs& call, cudaStream_t strea
                      call.routes.slots != nullptr ? static_cast<size_t>(call.capacity) * 4 : 0};
   status = launch_overlapped(sort_kernel, sort, device, stream, call, target);
   if (status != cudaSuccess) return status;
-  const Grid products = {
-      dim3(static_cast<unsigned>(device.multiprocessors)), kThreads,
-      static_cast<size_t>(args.stages * kStageBytes) + kTileRows * sizeof(float)};
+  const Grid products = {dim3(static_cast<unsigned>(device.multiprocessors)), kThreads,
+                         static_cast<size_t>(args.shared_bytes)};
   status = call.element == Element::kHalf
                ? launch_overlapped(down_kernel<__half>, products, device, stream, args)
                : launch_overlapped(down_kernel<__nv_bfloat16>, products, device, stream, args);

@@ -10,11 +10,15 @@
 //   producers   two groups of 4 warps, in turns: fill a stage with 64 columns (k) of both operands
 //               x, z   16-byte asynchronous copies
 //               V, U   packed words -> levels in bf16 (fp16 for fp16 x), exact
-//   consumers   two groups of 4 warps, 64 tokens each: multiply stages as they come, then write
+//   consumers   two groups of 4 warps, half of the tokens each: multiply stages as they come, then
+//               write
 //
-//   stage       tile of 128 tokens | tile of 128 components or outputs     (tile_product.cuh)
+//   shared memory   | stage 0 | stage 1 | .. | a task for each | scales, notes of the groups |
+//   stage           | tile of 256 (128) tokens | tile of 128 components or outputs |
 //
-// A stage goes to and fro between them by two named barriers, full and empty.
+// Tiles: tile_product.cuh. 256 tokens on Hopper, where a level that was decoded serves more of
+// them. A stage goes to and fro between producers and consumers by two named barriers, full and
+// empty.
 namespace adamix {
 
 constexpr int kTileRows = 128;  // components or outputs
@@ -24,135 +28,235 @@ constexpr int kThreads = (kProducers + kConsumers) * kGroupThreads;
 static_assert(kTileTokens == kConsumers * kProductTokens, "each consumer group has its tokens");
 
 constexpr int kMaxStages = 6;  // a multiple of kProducers, so that a stage always has the same
-constexpr int kStageBytes = 2 * kTileChunks * 16;
+constexpr int kStageBytes = (kTileTokens + kTileRows) * kLineBytes;
 constexpr int kFullThreads = (1 + kConsumers) * kGroupThreads;  // at full and empty barriers
-constexpr int kConsumerThreads = kConsumers * kGroupThreads;
 
-// Named barriers; 0 is __syncthreads.
-constexpr int kConsumerBarrier = 1;
+// Named barriers; none is left for __syncthreads.
+constexpr int kFirstConsumerBarrier = 0;
+constexpr int kFirstProducerBarrier = kFirstConsumerBarrier + kConsumers;
+constexpr int kFirstFull = kFirstProducerBarrier + kProducers;
+static_assert(kFirstFull + 2 * kMaxStages <= 16, "there are no more");
+
+constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
+constexpr int kThreadLines = kTileTokens / kLineStride;   // of which a producer thread has a chunk
+
+// What a group of producers notes of a product.
+struct alignas(16) Notes {
+  uint32_t rows[kLineStride][kThreadLines];  // of x for the lines of a tile, see XTiles
+  Counts counts;
+  uint32_t m;  // see Weights
+};
+
+// What consumers must know of a product: in the first stage of it.
+struct Task {
+  int64_t scale_offset;
+  int steps;  // 0: there are no more products
+  int first_row, rank;
+  int first_token, tokens;
+  int layer, part;
+};
+
+struct BehindStages {
+  Task tasks[kMaxStages];
+  float scales[kConsumers][kTileRows];
+  Notes notes[kProducers];
+};
 
 struct Stages {
   int count;
   uint32_t address;  // shared
 
-  __device__ explicit Stages(int count) : count(count), address(shared_address(dynamic_shared())) {}
+  // In so many bytes.
+  __device__ explicit Stages(int bytes) : address(shared_address(dynamic_shared())) {
+    const int most = (bytes - static_cast<int>(sizeof(BehindStages))) / kStageBytes;
+    count = min(most / kProducers * kProducers, kMaxStages);
+  }
 
   __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
-  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileChunks * 16; }
-  __device__ int full(int stage) const { return 2 + stage; }
-  __device__ int empty(int stage) const { return 2 + kMaxStages + stage; }
-  __device__ float* behind() const {
-    return reinterpret_cast<float*>(static_cast<char*>(dynamic_shared()) + count * kStageBytes);
+  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileTokens * kLineBytes; }
+  __device__ int full(int stage) const { return kFirstFull + stage; }
+  __device__ int empty(int stage) const { return kFirstFull + kMaxStages + stage; }
+  __device__ BehindStages& behind() const {
+    char* shared = static_cast<char*>(dynamic_shared());
+    return *reinterpret_cast<BehindStages*>(shared + count * kStageBytes);
   }
 };
 
-// Rows of x or z.
-struct Rows {
+// A producer thread has one chunk of every 16th line of a tile of tokens. A line without a token is
+// left as it is: nobody reads what becomes of it.
+__device__ __forceinline__ int thread_lines(int tokens, int thread) {
+  return (tokens - thread / kLineChunks + kLineStride - 1) / kLineStride;
+}
+constexpr int kThreadLineBytes = kLineStride * kLineBytes;  // from one to the next
+
+// x, row by row.
+struct XRows {
   const char* data;
   int64_t row_bytes;
   int codes;         // numbers of a row
-  const int* order;  // row of a sorted token; null: they are sorted
+  const int* order;  // row of a sorted token
   int64_t count;     // of rows
   bool aligned;      // whether rows begin at multiples of 16 bytes, less than 2^32 of them away
 };
 
-// A thread's share of the token tiles of one product: one chunk of every 16th line. A line without
-// a token gets any row: nobody reads what becomes of it.
-class TokenTiles {
+// A thread's share of x's tiles of one product.
+class XTiles {
  public:
-  // From a step on, every kProducers'th.
-  __device__ void begin(const Rows& rows, const Product& product, int step, int thread) {
-    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
+  using Source = XRows;
+
+  // A thread's share of the rows' places: in units of 16 bytes, or in rows that are not aligned.
+  __device__ static void note(const XRows& rows, const Product& product, int thread, Notes& notes) {
     const auto units = static_cast<uint32_t>(rows.aligned ? rows.row_bytes / 16 : 1);
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      int row = 0;
-      if (line + i * kLineStride < product.tokens) {
-        row = product.first_token + line + i * kLineStride;
-        if (rows.order != nullptr) row = rows.order[row];
-      }
-      at_[i] = row >= 0 && row < rows.count ? row * units : 0;
+    for (int line = thread; line < kTileTokens; line += kGroupThreads) {
+      const int row = line < product.tokens ? rows.order[product.first_token + line] : 0;
+      notes.rows[line % kLineStride][line / kLineStride] =
+          row >= 0 && row < rows.count ? row * units : 0;
     }
+  }
+
+  // From a step on, every kProducers'th.
+  __device__ void begin(const XRows& rows, const Product& product, int step, int thread,
+                        const Notes& notes) {
+    const int line = thread / kLineChunks, chunk = thread % kLineChunks;
+    lines_ = thread_lines(product.tokens, thread);
+    rows_ = reinterpret_cast<const uint4*>(notes.rows[line]);
     k_ = step * kStepCodes + chunk * 8;
     source_ = rows.data + k_ * 2;
     target_ = 16 * chunk_of(line, chunk);
   }
 
   // 64 k, zeros behind the last, into the tile at a shared address.
-  __device__ void copy(const Rows& rows, uint32_t tile) {
-    if (rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes) {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        copy_async_16(tile + target_ + i * kLineBytes, source_ + uint64_t{at_[i]} * 16);
-      }
+  __device__ void copy(const XRows& rows, uint32_t tile) {
+    const bool whole = rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes;
+    if (whole && lines_ == kThreadLines) {
+      copy_all(tile + target_);
     } else {
-      copy_pieces(rows, tile + target_);
+#pragma unroll 1
+      for (int i = 0; i < lines_; ++i) {
+        const uint32_t row = reinterpret_cast<const uint32_t*>(rows_)[i];
+        const char* source = source_ + int64_t{row} * (rows.aligned ? 16 : rows.row_bytes);
+        const uint32_t target = tile + target_ + i * kThreadLineBytes;
+        if (whole) {
+          copy_async_16(target, source);
+        } else {
+          store_shared(target, piece(rows, source));
+        }
+      }
     }
-    commit_copies();
     k_ += kProducers * kStepCodes;
     source_ += kProducers * kStepCodes * 2;
   }
 
  private:
-  static constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
-  static constexpr int kLines = kTileTokens / kLineStride;
-  static constexpr int kLineBytes = kLineStride * kLineChunks * 16;
-
-  __device__ void copy_pieces(const Rows& rows, uint32_t target) const {
-#pragma unroll 1
-    for (int i = 0; i < kLines; ++i) {
-      int64_t at = 0;
+  __device__ void copy_all(uint32_t target) const {
+    uint4 fours[kThreadLines / 4];
 #pragma unroll
-      for (int j = 0; j < kLines; ++j) at = i == j ? at_[j] : at;
-      const auto* numbers =
-          reinterpret_cast<const uint16_t*>(source_ + at * (rows.aligned ? 16 : rows.row_bytes));
-      uint32_t pair[4] = {};
+    for (int i = 0; i < kThreadLines / 4; ++i) fours[i] = rows_[i];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
-      }
-      store_shared(target + i * kLineBytes, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+    for (int i = 0; i < kThreadLines; ++i) {
+      const uint4& four = fours[i / 4];
+      const uint32_t row =
+          i % 4 < 2 ? (i % 4 == 0 ? four.x : four.y) : (i % 4 == 2 ? four.z : four.w);
+      copy_async_16(target + i * kThreadLineBytes, source_ + uint64_t{row} * 16);
     }
   }
 
-  uint32_t at_[kLines];  // of the row: in units of 16 bytes, or in rows that are not aligned
+  __device__ uint4 piece(const XRows& rows, const char* source) const {
+    const auto* numbers = reinterpret_cast<const uint16_t*>(source);
+    uint32_t pair[4] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (k_ + j < rows.codes) pair[j / 2] |= uint32_t{numbers[j]} << j % 2 * 16;
+    }
+    return make_uint4(pair[0], pair[1], pair[2], pair[3]);
+  }
+
+  const uint4* rows_;  // shared, four at a time
+  int lines_;
   const char* source_;
   int k_;
   uint32_t target_;
 };
 
-// Producer and consumer walk the same products and count the same steps.
+// z, tile by tile as it will lie in shared memory.
+struct ZTilesInMemory {
+  const char* data;    // of the layer
+  int64_t step_bytes;  // of 64 k of all tokens
+};
+
+class ZTiles {
+ public:
+  using Source = ZTilesInMemory;
+
+  __device__ static void note(const ZTilesInMemory&, const Product&, int, Notes&) {}
+
+  __device__ void begin(const ZTilesInMemory& z, const Product& product, int step, int thread,
+                        const Notes&) {
+    lines_ = thread_lines(product.tokens, thread);
+    target_ = 16 * thread;
+    source_ = z.data + step * z.step_bytes + int64_t{product.first_token} * kLineBytes + target_;
+  }
+
+  __device__ void copy(const ZTilesInMemory& z, uint32_t tile) {
+    if (lines_ == kThreadLines) {
+#pragma unroll
+      for (int i = 0; i < kThreadLines; ++i) copy_line(tile, i);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < lines_; ++i) copy_line(tile, i);
+    }
+    source_ += kProducers * z.step_bytes;
+  }
+
+ private:
+  __device__ void copy_line(uint32_t tile, int i) const {
+    copy_async_16(tile + target_ + i * kThreadLineBytes, source_ + i * kThreadLineBytes);
+  }
+
+  int lines_;
+  const char* source_;
+  uint32_t target_;
+};
+
+// Producers walk the products, each of the groups all of them, and count the same steps.
 template <typename T, bool kUp>
 class Producer {
  public:
   __device__ Producer(const Stages& stages, int group)
-      : stages_(stages), group_(group), stage_(group) {}
+      : stages_(stages), group_(group), notes_(stages.behind().notes[group]), stage_(group) {}
 
-  __device__ void run(const Product& product, const Rows& rows) {
-    const int thread = threadIdx.x % kGroupThreads;
+  using Tokens = std::conditional_t<kUp, ZTiles, XTiles>;
+  using Source = typename Tokens::Source;
+
+  // The source is read behind wait_for_previous_kernel().
+  __device__ void run(const Product& product, const Source& source) {
     int step = product.first_step + (group_ + steps_) % kProducers;
-    steps_ += product.last_step - product.first_step;
+    steps_ += product.last_step - product.first_step;  // at least one
     if (step >= product.last_step) return;
-    weights_.begin(product, thread);
-    weights_.load(product, step);
-    tokens_.begin(rows, product, step, thread);
+    begin(product, source, step);
+    wait_for_previous_kernel();
     for (; step < product.last_step; step += kProducers) {
-      if (stages_.count == kProducers) hand_over();  // or it would wait for itself
-      if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
-      tokens_.copy(rows, stages_.tokens(stage_));
+      take_stage();
+      if (step == product.first_step) note_task(product);
+      tokens_.copy(source, stages_.tokens(stage_));
+      commit_copies();
       weights_.store(stages_.weights(stage_));
-      wait_copies<1>();  // of the stage before: its copies have had this long
-      give_open_stage();
-      open_stage_ = stage_;
-      if (step + kProducers < product.last_step) weights_.load(product, step + kProducers);
-      stage_ += kProducers;
-      if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
+      const bool more = step + kProducers < product.last_step;
+      if (more) weights_.aim(product, notes_.counts, step + kProducers);  // while copies arrive
+      give_stage();
+      if (more) weights_.load();
     }
   }
 
-  // At the end: all stages are given over, and every barrier is met by all.
+  // At the end: a stage that says so, and every barrier is met by all.
   __device__ void finish() {
-    hand_over();
+    wait_for_previous_kernel();
+    if (steps_ % kProducers == group_) {
+      take_stage();
+      note_task(Product{});
+      give_stage();
+    }
     const int used = all_used_ ? stages_.count : stage_;
     for (int stage = group_; stage < used; stage += kProducers) {
       barrier_sync(stages_.empty(stage), kFullThreads);
@@ -160,26 +264,49 @@ class Producer {
   }
 
  private:
-  __device__ void hand_over() {
-    wait_copies<0>();
-    give_open_stage();
+  __device__ void begin(const Product& product, const Source& source, int step) {
+    const int thread = threadIdx.x % kGroupThreads;
+    const auto meet = [&] { barrier_sync(kFirstProducerBarrier + group_, kGroupThreads); };
+    meet();  // the notes of the product before are read
+    if (thread == 0) notes_.counts = product.counts, notes_.m = weights_.kM;
+    meet();
+    weights_.begin(product, notes_.counts, notes_.m, thread);
+    weights_.aim(product, notes_.counts, step);
+    weights_.load();
+    Tokens::note(source, product, thread, notes_);
+    meet();
+    tokens_.begin(source, product, step, thread, notes_);
   }
 
-  __device__ void give_open_stage() {
-    if (open_stage_ < 0) return;
+  // Waits until the next stage may be filled.
+  __device__ void take_stage() {
+    if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
+  }
+
+  __device__ void give_stage() {
+    wait_copies<0>();
     fence_shared_for_wgmma();
-    barrier_arrive(stages_.full(open_stage_), kFullThreads);
-    open_stage_ = -1;
+    barrier_arrive(stages_.full(stage_), kFullThreads);
+    stage_ += kProducers;
+    if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
+  }
+
+  __device__ void note_task(const Product& product) {
+    if (threadIdx.x % kGroupThreads != 0) return;
+    stages_.behind().tasks[stage_] = {product.scale_offset, product.last_step - product.first_step,
+                                      product.first_row,    product.rank,
+                                      product.first_token,  product.tokens,
+                                      product.layer,        product.part};
   }
 
   const Stages stages_;
   const int group_;
+  Notes& notes_;
   Weights<T, kUp> weights_;
-  TokenTiles tokens_;
+  Tokens tokens_;
   int steps_ = 0;          // of all products so far
   int stage_;              // the next one
   bool all_used_ = false;  // whether it has been filled before
-  int open_stage_ = -1;    // filled, its copies under way
 };
 
 template <typename T, bool kUp>
@@ -189,21 +316,33 @@ class Consumer {
 
   __device__ Consumer(const Stages& stages, int group) : stages_(stages), group_(group) {}
 
-  // Multiplies all steps of a product. result.begin(this group's first row of tokens) comes as soon
-  // as there is time to wait, result.store(sums) at the end.
-  template <typename Result>
-  __device__ void run(const Product& product, Result result) {
-    const int first_row = group_ * kProductTokens;
-    if (first_row >= product.tokens || product.first_step >= product.last_step) {
-      return pass(product);
+  // All products there are. result_of(task).begin() comes as soon as there is time to wait,
+  // .store(sums) at the end; neither where none of the tokens are this group's.
+  template <typename ResultOf>
+  __device__ void run(ResultOf result_of) {
+    for (;;) {
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      const Task task = stages_.behind().tasks[stage_];
+      if (group_ * kProductTokens < task.tokens) {
+        multiply(task.steps, result_of(task));
+      } else {
+        pass(task.steps);
+      }
+      if (task.steps == 0) return;
     }
+  }
+
+ private:
+  template <typename Result>
+  __device__ void multiply(int steps, Result result) {
     Sums sums;
-    start(sums);
-    result.begin(first_row);
-    for (int step = product.first_step + 1; step < product.last_step; ++step) {
+    start<true>(sums);
+    result.begin();
+    for (int step = 1; step < steps; ++step) {
       const int before = stage_;  // may still be read
       next_stage();
-      start(sums);
+      barrier_sync(stages_.full(stage_), kFullThreads);
+      start<false>(sums);
       sums.template wait<1>();
       barrier_arrive(stages_.empty(before), kFullThreads);
     }
@@ -213,17 +352,15 @@ class Consumer {
     result.store(sums);
   }
 
- private:
+  template <bool kFirst>
   __device__ void start(Sums& sums) const {
-    barrier_sync(stages_.full(stage_), kFullThreads);
-    sums.start(stages_.tokens(stage_) + group_ * kProductTokens * kLineChunks * 16,
-               stages_.weights(stage_));
+    sums.template start<kFirst>(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
+                                stages_.weights(stage_));
   }
 
-  // None of the tokens are this group's.
-  __device__ void pass(const Product& product) {
-    for (int step = product.first_step; step < product.last_step; ++step) {
-      barrier_sync(stages_.full(stage_), kFullThreads);
+  __device__ void pass(int steps) {
+    for (int step = 0; step < max(steps, 1); ++step) {
+      if (step > 0) barrier_sync(stages_.full(stage_), kFullThreads);
       barrier_arrive(stages_.empty(stage_), kFullThreads);
       next_stage();
     }

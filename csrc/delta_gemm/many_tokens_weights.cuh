@@ -23,6 +23,8 @@ struct Product {
   int last_step;
   int first_token;  // sorted
   int tokens;
+  int layer, part;
+  int64_t scale_offset;
 };
 
 constexpr int kStepBlocks = kStepCodes / kBlockCodes;
@@ -99,20 +101,16 @@ __device__ __forceinline__ void decode_fields(const uint32_t* block, uint32_t m,
 
 // Components of one width: which ones, and where the words of their lanes begin.
 struct WidthRange {
-  int bits = 0;
+  int bits = kMaxBits + 1;
   int end = 0;     // the first component behind
   int origin = 0;  // words before component c for one block of codes: origin + c * bits
 
-  // Needs 0 <= component < rank.
+  // To the range of a component in this one or behind it. Needs component < rank.
   __device__ void seek(const Counts& counts, int component) {
-    int first = 0, before = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) {
-      const int width = kMaxBits - i, next = first + counts.at[i];
-      if (component >= first && component < next) {
-        bits = width, end = next, origin = before - first * width;
-      }
-      first = next, before += counts.at[i] * width;
+    while (component >= end) {
+      --bits;
+      origin += end;  // the lanes before have a bit less now
+      end += counts.at[kMaxBits - bits];
     }
   }
 };
@@ -121,37 +119,42 @@ struct WidthRange {
 template <typename T, bool kUp>
 class Weights {
  public:
-  // The compiler must not know m, or it takes two instructions to mask codes and put m over them:
-  // one has room for one constant only.
-  __device__ Weights() : m_(__shfl_sync(0xffffffffu, both(Exponent<T>::kM), 0)) {}
+  static constexpr uint32_t kM = both(Exponent<T>::kM);
 
-  __device__ void begin(const Product& product, int thread) {
+  // counts: of the product, in shared memory. m: kM, but the compiler must not know it, or it takes
+  // two instructions to mask codes and put m over them: one has room for one constant only.
+  __device__ void begin(const Product& product, const Counts& counts, uint32_t m, int thread) {
+    m_ = m;
     line_ = thread;
     whole_words_ = reinterpret_cast<uintptr_t>(product.factor.words) % 16 == 0;
+    range_ = WidthRange{};
     if constexpr (kUp) {
-      range_.end = 0;  // to be sought
       place(product.factor, product.first_row / kBlockCodes + line_ / kStepCodes * kStepBlocks);
     } else {
       component_ = min(product.first_row + exchanged(line_), product.rank - 1);
-      range_.seek(product.counts, component_);
+      range_.seek(counts, component_);
     }
   }
 
-  // Behind the last component or input stand any codes: z, or x, is zero there.
-  __device__ void load(const Product& product, int step) {
+  // Where the words of a step are. Behind the last component or input stand any codes: z, or x, is
+  // zero there.
+  __device__ void aim(const Product& product, const Counts& counts, int step) {
     if constexpr (kUp) {
       component_ = min(step * kStepCodes + line_ % kStepCodes, product.rank - 1);
-      if (component_ >= range_.end) range_.seek(product.counts, component_);
+      range_.seek(counts, component_);
     } else {
       place(product.factor, step * kStepBlocks);
     }
     const int before = range_.origin + component_ * range_.bits;
-    const uint32_t* source = panel_ + (before * panel_blocks_ + first_block_ * range_.bits);
+    source_ = panel_ + (before * panel_blocks_ + first_block_ * range_.bits);
+  }
+
+  __device__ void load() {
     if (whole_words_ && panel_blocks_ == kPanelBlocks) {
       for_width(range_.bits, [&](auto width) {
         constexpr int kCount = kStepBlocks * decltype(width)::value;
         uint32_t loaded[kCount];
-        load_words(source, loaded);
+        load_words(source_, loaded);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) words_[i] = loaded[i];
       });
@@ -159,7 +162,7 @@ class Weights {
     }
     const int count = max(0, min(kStepBlocks, panel_blocks_ - first_block_)) * range_.bits;
 #pragma unroll
-    for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source[i] : 0u;
+    for (int i = 0; i < kStepBlocks * kMaxBits; ++i) words_[i] = i < count ? source_[i] : 0u;
   }
 
   // Into the tile at a shared address.
@@ -191,7 +194,7 @@ class Weights {
     first_block_ = block % kPanelBlocks;
   }
 
-  const uint32_t m_;
+  uint32_t m_ = 0;
   int line_ = 0;
   int component_ = 0;
   WidthRange range_;
@@ -199,6 +202,7 @@ class Weights {
   const uint32_t* panel_ = nullptr;
   int panel_blocks_ = 0;  // of a lane
   int first_block_ = 0;   // of the panel
+  const uint32_t* source_ = nullptr;
   uint32_t words_[kStepBlocks * kMaxBits];
 };
 

@@ -9,7 +9,13 @@
 // of it is known where the kernels are launched.
 namespace adamix {
 
-constexpr int kTileTokens = 128;
+// What a thread block of down and up takes at once; the host knows only the least of them.
+constexpr int kLeastTileTokens = 128;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kTileTokens = 256;
+#else
+constexpr int kTileTokens = kLeastTileTokens;
+#endif
 constexpr int kSortThreads = 1024;
 
 // Tokens order[first] .. order[first + count - 1] of one slot.

@@ -6,9 +6,11 @@
 
 // The product of two tiles in shared memory on the tensor cores, by a group of 4 warps:
 //
-//   sums [64 tokens, 128 rows] += tokens [64, 64 k] · rows [128, 64 k] transposed
+//   sums [tokens, 128 rows] += tokens [tokens, 64 k] · rows [128, 64 k] transposed
 //
-// A tile is 128 lines of 128 bytes, 64 numbers of 16 bits or 8 chunks of 16 bytes. Chunk c of line
+// of 128 tokens on Hopper, which has the registers for it, of 64 elsewhere.
+//
+// A tile is of lines of 128 bytes, 64 numbers of 16 bits or 8 chunks of 16 bytes. Chunk c of line
 // l lies at chunk c ^ l % 8: the same chunk of eight lines then lies in different banks. wgmma
 // calls it the 128-byte swizzle.
 //
@@ -23,10 +25,9 @@
 namespace adamix {
 
 constexpr int kStepCodes = 64;  // k of a tile
-constexpr int kProductTokens = 64;
 constexpr int kProductRows = 128;
 constexpr int kLineChunks = 8;
-constexpr int kTileChunks = 128 * kLineChunks;
+constexpr int kLineBytes = 16 * kLineChunks;
 
 // In tiles at multiples of 1024 bytes, the address of chunk c is that of chunk 0 with c exchanged
 // in place: chunk_of(line, c) == (chunk_of(line, 0) ^ c).
@@ -45,20 +46,32 @@ struct EightSums {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// wgmma, of Hopper: both operands straight from shared memory, results in a warp of 16 tokens and
-// 128 rows.
+constexpr int kProductTokens = 128;
+
+// wgmma, of Hopper: both operands straight from shared memory, results in a warp of 16 of 64 tokens
+// and 128 rows.
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
-  // With tiles at these shared addresses. The product is under way; the tiles are read until wait()
-  // says otherwise.
+  // With tiles at these shared addresses, kFirst before the others. The product is under way; the
+  // tiles are read until wait() says otherwise.
+  template <bool kFirst>
   __device__ void start(uint32_t tokens, uint32_t rows) {
     constexpr int kStride = kAlongK ? 2 : 16 * kLineChunks;  // chunks of 16 k
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < kStepCodes / 16; ++k) {
-      wgmma_pairs<T, kAlongK>(sums_, descriptor(tokens / 16 + 2 * k, 1),
-                              descriptor(rows / 16 + kStride * k, kAlongK ? 1 : kTileChunks / 2));
+      const uint64_t columns =
+          descriptor(rows / 16 + kStride * k, kAlongK ? 1 : kProductRows / 2 * kLineChunks);
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        const uint64_t lines = descriptor(tokens / 16 + 64 * kLineChunks * m + 2 * k, 1);
+        if (kFirst && k == 0) {
+          wgmma_pairs<T, kAlongK, false>(sums_[m], lines, columns);
+        } else {
+          wgmma_pairs<T, kAlongK, true>(sums_[m], lines, columns);
+        }
+      }
     }
     wgmma_commit();
   }
@@ -70,37 +83,43 @@ class TileProduct {
   }
 
   // What a thread has sums of: kTokens tokens times kEights runs of eight rows.
-  static constexpr int kTokens = 2, kEights = kProductRows / 32;
-  static constexpr bool kRoom = true;  // for as many numbers beside the sums, while they grow
+  static constexpr int kTokens = kProductTokens / 32, kEights = kProductRows / 32;
 
   __device__ static int token(int i) {
-    return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * i;
+    return i / 2 * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * (i % 2);
   }
   __device__ static int row(int n) { return 32 * n + threadIdx.x % 4 * 8; }
   __device__ EightSums eight(int i, int n) const {
     EightSums eight;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) eight.at[j] = sums_[16 * n + j / 2 * 4 + 2 * i + j % 2];
+    for (int j = 0; j < 8; ++j) {
+      eight.at[j] = sums_[i / 2][16 * n + j / 2 * 4 + 2 * (i % 2) + j % 2];
+    }
     return eight;
   }
 
  private:
+  static constexpr int kBlocks = kProductTokens / 64;
+
   // In chunks: where the tile is; from 64 rows to the next 64, of a tile along rows; from eight
   // lines to the next eight. 128-byte swizzle.
   __device__ static uint64_t descriptor(uint32_t tile, uint32_t far) {
     return uint64_t{1u << 30 | 8 * kLineChunks} << 32 | (tile + (far << 16));
   }
 
-  float sums_[kProductRows / 2] = {};
+  float sums_[kBlocks][kProductRows / 2];
 };
 
 #else
+
+constexpr int kProductTokens = 64;
 
 // mma.sync, for every architecture. A warp has 32 tokens and 64 rows of the sums: fewer operand
 // bytes from shared memory than with 16 and 128.
 template <typename T, bool kAlongK>
 class TileProduct {
  public:
+  template <bool kFirst>
   __device__ void start(uint32_t tokens, uint32_t rows) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
@@ -134,7 +153,6 @@ class TileProduct {
   __device__ void wait() {}
 
   static constexpr int kTokens = 4, kEights = kProductRows / 64;
-  static constexpr bool kRoom = false;
 
   __device__ static int token(int i) {
     return first_token() + 16 * (i / 2) + threadIdx.x % 32 / 4 + 8 * (i % 2);

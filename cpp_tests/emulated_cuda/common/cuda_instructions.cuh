@@ -153,7 +153,7 @@ float number_of_tile(uint64_t descriptor, int row, int k) {
   return number_of_pair<T>(bits, 0);
 }
 
-template <typename T, bool kAlongK>
+template <typename T, bool kAlongK, bool kAdd>
 void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   emulator::Block::current().product_later([=, sums = &d[0]] {
@@ -172,7 +172,8 @@ void wgmma_pairs(float (&d)[64], uint64_t a, uint64_t b) {
           row_of(std::bool_constant<kAlongK>{}, b, n / 2 * 8 + lane % 4 * 2 + n % 2);
       for (int i = 0; i < 2; ++i) {
         const double sum = std::inner_product(column.begin(), column.end(), rows[i].begin(), 0.0);
-        sums[n / 2 * 4 + i * 2 + n % 2] += static_cast<float>(sum);
+        float& target = sums[n / 2 * 4 + i * 2 + n % 2];
+        target = (kAdd ? target : 0.0f) + static_cast<float>(sum);
       }
     }
   });
@@ -181,12 +182,17 @@ inline void wgmma_begin() {}
 inline void wgmma_commit() {
   emulator::Block::current().commit_products();
 }
-template <int kPending>
-void wgmma_wait(float (&)[64]) {
+template <int kPending, int kBlocks>
+void wgmma_wait(float (&)[kBlocks][64]) {
   emulator::Block::current().wait_products(kPending);
 }
 
 #endif
+
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
 
 inline void barrier_sync(int id, int threads) {
   emulator::Block::current().named_barrier(id, threads, true);

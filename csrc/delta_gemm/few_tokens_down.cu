@@ -85,7 +85,7 @@ class DownWalk : public Cursor {
 
 using DownStream = StageStream<DownWalk, kDownDepth, kDownStageWords>;
 
-template <typename T>
+template <typename T, bool kOnePart>
 class Down {
  public:
   __device__ Down(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
@@ -98,7 +98,7 @@ class Down {
   __device__ void run() {
     const DownTiles cut = {panels_};
     // x does not wait for the route of a token alone: it is of this token or of none.
-    if (args_.tokens == 1 && WarpRoute::fits(args_)) {
+    if (kOnePart && args_.tokens == 1) {
       WarpRoute route;
       const bool routes = threadIdx.x < 32;
       if (routes) route.read_slots(args_);
@@ -108,11 +108,11 @@ class Down {
       if (routes) route.take_part(shared_.routes, cut);
       measured_ = true;
     } else {
-      find_route(args_, shared_.routes, cut);
+      find_route<kOnePart>(args_, shared_.routes, cut);
     }
     __syncthreads();
-    for_parts(args_, shared_.routes, cut,
-              [this](const Part& part, const Entry& entry) { run_part(part, entry); });
+    for_parts<kOnePart>(args_, shared_.routes, cut,
+                        [this](const Part& part, const Entry& entry) { run_part(part, entry); });
   }
 
  private:
@@ -167,9 +167,9 @@ class Down {
   // lanes know a tile each, for all.
   __device__ void share_stages(const Run& run, int tiles, int width) {
     const int lane = threadIdx.x, warps = blockDim.x / 32;
-    const int cost = lane < tiles ? run.block_words() + kStageWords : 0;  // a panel
+    const int cost = lane < tiles ? run.block_words() + DownRuns::kStageCost : 0;  // a panel
     const int before =
-        (run.before - __shfl_sync(kWarp, run.before, 0) + lane * kStageWords) * width;
+        (run.before - __shfl_sync(kWarp, run.before, 0) + lane * DownRuns::kStageCost) * width;
     const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
     int tile = 0;  // the last that begins before or there
 #pragma unroll
@@ -245,6 +245,9 @@ class Down {
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
     loaded_ = measured_ = false;
+    // The first warp has other work meanwhile, if there are others.
+    const int others = static_cast<int>(blockDim.x) - 32, measurers = others > 0 ? others : 32;
+    const int measuring = static_cast<int>(threadIdx.x) - (others > 0 ? 32 : 0);
     // Chunks of panels, all about as large; a group of one token has half the digits.
     const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
     const int chunks = (panels_ + room - 1) / room;
@@ -253,11 +256,12 @@ class Down {
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;
       uint32_t largest = 0;
-      for (int64_t k = threadIdx.x * 8; k < args_.in; k += blockDim.x * 8) {
-        Eight<T> eight;
-        eight.load(x_row(i), k, args_.in, vector_x());
-        largest = eight.largest(largest);
-      }
+      if (measuring >= 0)
+        for (int64_t k = measuring * 8; k < args_.in; k += measurers * 8) {
+          Eight<T> eight;
+          eight.load(x_row(i), k, args_.in, vector_x());
+          largest = eight.largest(largest);
+        }
       put_warp_max(Eight<T>::bits_of_largest(largest), shared_.largest[i]);
     }
   }
@@ -363,14 +367,21 @@ class Down {
   bool loaded_ = false;    // whether all their digits are
 };
 
-template <typename T>
+template <typename T, bool kOnePart>
 __global__ void __launch_bounds__(kMaxDownWarps * 32, 1)
     down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                 const __grid_constant__ DownPlan plan) {
   auto& shared = *static_cast<DownShared*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: what it reads early is what came before this kernel
-  Down<T>(args, plan, shared).run();
+  Down<T, kOnePart>(args, plan, shared).run();
+}
+
+template <bool kOnePart>
+auto kernel_of(Element element) {
+  return element == Element::kFloat  ? down_kernel<float, kOnePart>
+         : element == Element::kHalf ? down_kernel<__half, kOnePart>
+                                     : down_kernel<__nv_bfloat16, kOnePart>;
 }
 
 }  // namespace
@@ -392,9 +403,8 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
       sizeof(DownShared) + static_cast<size_t>(plan.x_bytes + warps * kDownRingWords * 4)};
-  const auto kernel = args.element == Element::kFloat  ? down_kernel<float>
-                      : args.element == Element::kHalf ? down_kernel<__half>
-                                                       : down_kernel<__nv_bfloat16>;
+  const bool one_part = WarpRoute::fits(args, device.multiprocessors);
+  const auto kernel = one_part ? kernel_of<true>(args.element) : kernel_of<false>(args.element);
   return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 

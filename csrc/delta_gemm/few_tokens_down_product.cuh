@@ -10,7 +10,7 @@ namespace adamix {
 constexpr int kDownLanes = 16;  // rows of the byte product
 
 // Of wide codes a stage has half the rows, so that all stages are about as large.
-using DownRuns = Runs<kDownLanes, kDownLanes / 2>;
+using DownRuns = Runs<kDownLanes, kDownLanes / 2, 64>;
 constexpr int kDownStageWords = kDownLanes / 2 * kPanelBlocks * kMaxBits;
 
 // The fields that product m of a block multiplies, and the bit of each byte where their codes are

@@ -84,6 +84,7 @@ class UpWalk : public Cursor {
 
 using UpStream = StageStream<UpWalk, kUpDepth, kUpStageWords>;
 
+template <bool kOnePart>
 class Up {
  public:
   __device__ Up(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
@@ -95,10 +96,10 @@ class Up {
 
   __device__ void run() {
     const UpTiles cut = {args_.layers};
-    find_route(args_, shared_.routes, cut);
+    find_route<kOnePart>(args_, shared_.routes, cut);
     __syncthreads();
-    for_parts(args_, shared_.routes, cut,
-              [this](const Part& part, const Entry& entry) { run_part(part, entry); });
+    for_parts<kOnePart>(args_, shared_.routes, cut,
+                        [this](const Part& part, const Entry& entry) { run_part(part, entry); });
     if (!waited_) wait_for_previous_kernel();  // else the kernel after could overtake `down`
   }
 
@@ -167,14 +168,15 @@ class Up {
     const int begin = shared_.runs[0].before, lane = threadIdx.x % 32;
     const Run last_run = shared_.runs[runs - 1];
     const int cost =
-        last_run.before + last_run.block_words() - begin + runs * kStageWords;  // a panel
+        last_run.before + last_run.block_words() - begin + runs * UpRuns::kStageCost;  // a panel
     const auto stage_at = [&](int words, int& run) {
       int panel = words / cost;
       const int left = words - panel * cost;
       run = 0;
       for (int first = 0; first < runs; first += 32) {
         const int i = first + lane;
-        const bool before = i < runs && shared_.runs[i].before - begin + i * kStageWords < left;
+        const bool before =
+            i < runs && shared_.runs[i].before - begin + i * UpRuns::kStageCost < left;
         run += __popc(__ballot_sync(kWarp, before));
       }
       if (run == runs) run = 0, ++panel;
@@ -412,11 +414,12 @@ class Up {
   bool waited_ = false;
 };
 
+template <bool kOnePart>
 __global__ void __launch_bounds__(kMaxUpWarps * 32, 1)
     up_kernel(const __grid_constant__ DeltaGemmCudaArgs args, const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  Up(args, plan, shared).run();
+  Up<kOnePart>(args, plan, shared).run();
 }
 
 }  // namespace
@@ -433,7 +436,9 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const UpPlan plan = {bytes / 4 - warps * kUpRingWords};
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
                      sizeof(UpShared) + static_cast<size_t>(bytes)};
-  return launch_overlapped(up_kernel, grid, device, stream, args, plan);
+  const bool one_part = WarpRoute::fits(args, device.multiprocessors);
+  return launch_overlapped(one_part ? up_kernel<true> : up_kernel<false>, grid, device, stream,
+                           args, plan);
 }
 
 }  // namespace adamix

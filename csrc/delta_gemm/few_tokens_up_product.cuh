@@ -9,7 +9,7 @@
 namespace adamix {
 
 // k of the byte product: all 32, or of wide codes 16 and nothing.
-using UpRuns = Runs<up_lanes_of(1), up_lanes_of(kMaxBits)>;
+using UpRuns = Runs<up_lanes_of(1), up_lanes_of(kMaxBits), 4>;
 constexpr int kUpStageWords = 32 * kPanelBlocks * kNarrowBits;
 
 // Byte `byte` of four words, and so of four lanes, becomes one word.

@@ -41,8 +41,7 @@ struct SharedRoutes {
   int groups;
   // The first ones, a way to memory less where there are few; behind them the one in hand.
   Entry entries[kKeptEntries + 1];
-  bool whole;                            // whether this thread block has a part of one entry:
-  Part part;                             // this one; else parts of several, by cost:
+  Part part;  // of this thread block, where it has one part; else parts of several, by cost:
   int64_t end[kMaxLayers * kFewTokens];  // cost of the entries up to and including this one
   int64_t share[2];                      // of this thread block: begin, end
 };
@@ -152,8 +151,9 @@ __device__ __forceinline__ int parts_of(int cost, float each, int blocks) {
 // slots, then groups and entries, then parts; other work in between hides that memory is far.
 class WarpRoute {
  public:
-  __device__ static bool fits(const DeltaGemmCudaArgs& args) {
-    return args.routes.slots != nullptr && args.tokens * args.layer_count <= kKeptEntries;
+  __host__ __device__ static bool fits(const DeltaGemmCudaArgs& args, int blocks) {
+    const int64_t entries = args.tokens * args.layer_count;
+    return args.routes.slots != nullptr && entries <= kKeptEntries && 2 * entries <= blocks;
   }
 
   __device__ void read_slots(const DeltaGemmCudaArgs& args) {
@@ -187,7 +187,7 @@ class WarpRoute {
 
   // Parts are a tile each, or of each entry as many as its cost asks for, some thread blocks
   // perhaps idle: a part of a second entry would cost more, since x or z is prepared again and the
-  // pipeline runs empty. Where there are too few thread blocks, equal costs.
+  // pipeline runs empty.
   template <typename Tiles>
   __device__ void take_part(SharedRoutes& routes, const Tiles& cut) const {
     const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x);
@@ -195,7 +195,7 @@ class WarpRoute {
     const Entry& entry = routes.entries[lane];
     const bool works = lane < entries_ && entry.rank > 0;
     const int tiles = works ? cut.tiles(layer_, entry) : 0;
-    // The sum of 32 is below 2^31 as long as a delta has less than 2^26 words.
+    // The sum of 32 stays below 2^31.
     const int64_t exact_cost = works ? cut.cost(layer_, entry) : 0;
     const int cost = static_cast<int>(min(exact_cost, int64_t{1} << 25));
     const float each =
@@ -203,9 +203,6 @@ class WarpRoute {
     const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
     const int parts = by_tile ? tiles : parts_of(cost, each, blocks);
     const int last = sum_until_lane(parts);
-    const bool whole = __shfl_sync(0xffffffffu, last, 31) <= blocks;
-    routes.whole = whole;
-    if (!whole) return share_costs(routes, exact_cost);
     const unsigned behind = __ballot_sync(0xffffffffu, last > block);
     const int e = max(__ffs(behind) - 1, 0);
     const int of = __shfl_sync(0xffffffffu, parts, e);
@@ -219,13 +216,6 @@ class WarpRoute {
   }
 
  private:
-  __device__ void share_costs(SharedRoutes& routes, int64_t cost) const {
-    const int lane = threadIdx.x % 32;
-    const int64_t end = sum_until_lane(cost), total = __shfl_sync(0xffffffffu, end, 31);
-    routes.end[lane] = end;
-    if (lane < 2) routes.share[lane] = total * (blockIdx.x + lane) / gridDim.x;
-  }
-
   int slot_ = -1;
   int groups_ = 0, entries_ = 0;
   int layer_ = 0;  // of the lane's entry
@@ -251,23 +241,16 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, c
     if (first + lane < entries) routes.end[first + lane] = sum;
     total = __shfl_sync(0xffffffffu, sum, 31);
   }
-  routes.whole = false;
   if (lane < 2) routes.share[lane] = total * (blockIdx.x + lane) / gridDim.x;
 }
 
-template <typename Tiles>
-__device__ __noinline__ void find_long_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
-                                             const Tiles& cut) {
-  make_groups(args, routes);
-  share_out(args, routes, cut);
-}
-
 // Groups, entries and parts. A barrier must follow.
-template <typename Tiles>
+template <bool kOnePart, typename Tiles>
 __device__ __forceinline__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
                                            const Tiles& cut) {
-  if (!WarpRoute::fits(args)) {
-    find_long_route(args, routes, cut);
+  if constexpr (!kOnePart) {
+    make_groups(args, routes);
+    share_out(args, routes, cut);
   } else if (threadIdx.x < 32) {
     WarpRoute route;
     route.read_slots(args);
@@ -303,8 +286,8 @@ __device__ __noinline__ inline int first_entry(const SharedRoutes& routes, int e
 }
 
 template <typename Tiles>
-__device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Tiles& cut,
-                                           const Entry& entry, int e) {
+__device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Tiles& cut, int e,
+                                           const Entry& entry) {
   const int64_t begin = e > 0 ? routes.end[e - 1] : 0;
   if (routes.end[e] == begin) return {e, 0, 0};
   const int64_t end = min(routes.share[1], routes.end[e]);
@@ -315,19 +298,20 @@ __device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Til
 
 // body(part, entry) for all of this thread block's, one after the other. It is called in one place:
 // kernels are large, and twice as many instructions would be twice as many to fetch.
-template <typename Tiles, typename Body>
+template <bool kOnePart, typename Tiles, typename Body>
 __device__ __forceinline__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
                                           const Tiles& cut, Body body) {
-  const int entries = args.layer_count * routes.groups;
-  const bool whole = routes.whole;
-  int e = whole ? routes.part.entry : first_entry(routes, entries);
+  if constexpr (kOnePart) {
+    const Part part = routes.part;
+    if (part.begin < part.end) body(part, routes.entries[part.entry]);
+  } else {
+    const int entries = args.layer_count * routes.groups;
 #pragma unroll 1
-  for (bool more = true; more && e < entries; ++e) {
-    const Entry& entry = entry_at(args, routes, e);
-    Part part = routes.part;
-    if (!whole) part = part_of_share(routes, cut, entry, e);
-    more = !whole && routes.end[e] < routes.share[1];
-    if (part.begin < part.end) body(part, entry);
+    for (int e = first_entry(routes, entries); e < entries; ++e) {
+      const Part part = part_of_share(routes, cut, e, entry_at(args, routes, e));
+      if (part.begin < part.end) body(part, routes.entries[min(e, kKeptEntries)]);
+      if (routes.end[e] >= routes.share[1]) break;
+    }
   }
 }
 

@@ -59,14 +59,13 @@ struct Run {
   __device__ int block_words() const { return lanes() * bits(); }
 };
 
-// What a stage costs beside its words, in words for one block of codes: in products of many
-// narrow lanes instructions bound the time as much as words do.
-constexpr int kStageWords = 32;
-
 // How the lanes of an entry are cut into runs: kNarrow lanes of up to 4 bits, kWide of more, or
-// what is left of the width. Everything here is found by a loop over the widths.
-template <int kNarrow, int kWide>
+// what is left of the width. Everything here is found by a loop over the widths. A stage costs its
+// words and, since instructions take time as well, kStageWords more; both for one block of codes.
+template <int kNarrow, int kWide, int kStageWords>
 struct Runs {
+  static constexpr int kStageCost = kStageWords;
+
   __host__ __device__ static constexpr int lanes_of(int bits) {
     return bits > kNarrowBits ? kWide : kNarrow;
   }

@@ -2,8 +2,7 @@
 
 #include "common/cuda_launch.cuh"
 #include "delta_gemm/few_tokens.cuh"
-#include "delta_gemm/few_tokens_down_product.cuh"
-#include "delta_gemm/word_stream.cuh"
+#include "delta_gemm/few_tokens_down_walk.cuh"
 
 // z = scale · V x. A tile: a run of 16 components (8 of wide codes) of a group, all panels of V;
 // see few_tokens.cuh.
@@ -14,22 +13,6 @@ constexpr int kDownTiles = 32;  // of a batch: as many as a warp has lanes
 constexpr int kMaxDownWarps = 16;
 constexpr int kDownDepth = 4;
 constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
-
-// See routes.cuh.
-struct DownTiles {
-  int panels;
-
-  __device__ int tiles(int, const Entry& entry) const { return DownRuns::count(entry.counts); }
-  __device__ int64_t cost(int, const Entry& entry) const {
-    return int64_t{panels} * DownRuns::cost(entry.counts);
-  }
-  __device__ int tile_at(int, const Entry& entry, int part, int parts) const {
-    return DownRuns::begin_before(entry.counts, DownRuns::cost(entry.counts) * part / parts);
-  }
-  __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
-    return DownRuns::begin_before(entry.counts, static_cast<int>((cost + panels - 1) / panels));
-  }
-};
 
 struct DownPlan {
   int x_bytes;  // for the digits of x, as many panels at a time as there is room for
@@ -53,34 +36,6 @@ struct alignas(16) DownShared {
   uint32_t largest[kGroupTokens][32];  // of each warp's values
   Unit units[kGroupTokens];            // of x
   int64_t sum_x[kGroupTokens][32];     // of each warp's numbers
-};
-
-// A warp's way through its part of (tiles of a batch) x (panels of a chunk).
-class DownWalk : public Cursor {
- public:
-  __device__ DownWalk(const Run* tiles, const Factor& factor, int first_panel, int last_panel,
-                      int tile, int panel, int stages)
-      : Cursor(factor, stages),
-        tiles_(tiles),
-        first_panel_(first_panel),
-        last_panel_(last_panel),
-        tile_(tile),
-        panel_(panel) {
-    if (left_ > 0) place(tiles_[tile_], panel_);
-  }
-
-  __device__ __forceinline__ void next() {
-    if (--left_ == 0) return;
-    source_ += factor_.panel_words;
-    if (++panel_ < last_panel_ && panel_ < factor_.even_panels) return;
-    if (panel_ == last_panel_) panel_ = first_panel_, ++tile_;
-    place(tiles_[tile_], panel_);
-  }
-
- private:
-  const Run* tiles_;
-  const int first_panel_, last_panel_;
-  int tile_, panel_;
 };
 
 using DownStream = StageStream<DownWalk, kDownDepth, kDownStageWords>;

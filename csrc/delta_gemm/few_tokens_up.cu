@@ -2,44 +2,11 @@
 
 #include "common/cuda_launch.cuh"
 #include "delta_gemm/few_tokens.cuh"
-#include "delta_gemm/few_tokens_up_product.cuh"
-#include "delta_gemm/word_stream.cuh"
+#include "delta_gemm/few_tokens_up_walk.cuh"
 
 // y += U z. A tile: 256 outputs (one panel of U) of a group, all components; see few_tokens.cuh.
 namespace adamix {
 namespace {
-
-constexpr int kUpPositions = 1536;  // components whose z is in shared memory at a time
-constexpr int kUpRuns = kUpPositions / 16;
-constexpr int kMaxUpWarps = 12;  // of 168 registers: 64 of them hold sums
-constexpr int kUpDepth = 3;
-constexpr int kUpRingWords = kUpDepth * kUpStageWords;  // a warp
-
-// Rows of a panel in shared memory: thread g holds outputs 32g ..; 9 and 296 keep both the adding
-// and the reading free of bank conflicts.
-constexpr int kUpRowStride = 9;
-constexpr int kUpColumnStride = 296;
-constexpr int kZPlaneBytes = kUpPositions + 16;
-static_assert(kColumns * kUpColumnStride <= kUpRingWords, "a ring has room for a panel's sums");
-
-// See routes.cuh.
-struct UpTiles {
-  const DeltaLayer* layers;
-
-  __device__ int tiles(int layer, const Entry&) const {
-    return static_cast<int>(panel_count(layers[layer].out));
-  }
-  __device__ int64_t cost(int layer, const Entry& entry) const {
-    return int64_t{tiles(layer, entry)} * UpRuns::cost(entry.counts);
-  }
-  __device__ int tile_at(int layer, const Entry& entry, int part, int parts) const {
-    return tiles(layer, entry) * part / parts;
-  }
-  __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
-    const int each = UpRuns::cost(entry.counts);
-    return static_cast<int>((cost + each - 1) / each);
-  }
-};
 
 struct UpPlan {
   int pool_words;  // for the digits of z and the sums of a batch's panels
@@ -55,36 +22,9 @@ struct alignas(16) UpShared {
   int64_t level_offset[kGroupTokens][32];
 };
 
-// A warp's way through its part of (panels of a batch) x (runs of a chunk): where a chunk has all
-// runs, words that follow each other.
-class UpWalk : public Cursor {
- public:
-  __device__ UpWalk(const Run* runs, int run_count, const Factor& factor, int panel, int run,
-                    int stages)
-      : Cursor(factor, stages), runs_(runs), run_count_(run_count), panel_(panel), run_(run) {
-    if (left_ > 0) place(runs_[run_], panel_);
-  }
-
-  __device__ __forceinline__ void next() {
-    if (--left_ == 0) return;
-    if (++run_ < run_count_ && even_) {
-      source_ += block_words_ * kPanelBlocks;
-      set_run(runs_[run_]);
-      return;
-    }
-    if (run_ == run_count_) run_ = 0, ++panel_;
-    place(runs_[run_], panel_);
-  }
-
- private:
-  const Run* runs_;
-  const int run_count_;
-  int panel_, run_;
-};
-
 using UpStream = StageStream<UpWalk, kUpDepth, kUpStageWords>;
 
-template <bool kOnePart>
+template <typename T, bool kOnePart>
 class Up {
  public:
   __device__ Up(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
@@ -121,18 +61,17 @@ class Up {
     const int panels = part.end - part.begin;
     const int batches = (panels + room - 1) / room;
     for (int batch = 0; batch < batches; ++batch) {
+      if (batch > 0 || !kOnePart) __syncthreads();  // the sums of the batch before are read
       run_batch(part.begin + panels * batch / batches, part.begin + panels * (batch + 1) / batches);
     }
   }
 
   __device__ void run_batch(int first_panel, int last_panel) {
-    __syncthreads();  // the sums of the batch before are read
     const int runs = UpRuns::count(entry_->counts);
     const int first_end =
         positions() <= kUpPositions ? runs : UpRuns::end_until(entry_->counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
     alone_ = last_panel - first_panel == 1 && first_end == runs && blockDim.x >= kPanelCodes;
-    if (!alone_) zero_words(sums_, (last_panel - first_panel) * panel_words_);
     for (int first = 0, last = first_end; first < runs;) {
       if (!have_z_ || first_end < runs) list_runs(first, last);
       __syncthreads();
@@ -199,6 +138,7 @@ class Up {
     if (!waited_) wait_for_previous_kernel();
     waited_ = true;
     fetch_y(first_panel, last_panel);
+    if (!alone_ && first_run == 0) zero_words(sums_, (last_panel - first_panel) * panel_words_);
     load_z(first_run, runs);
 
     const int first_position = shared_.runs[0].position;
@@ -267,7 +207,7 @@ class Up {
   // a barrier.
   __device__ void load_z(int first_run, int runs) {
     const bool all_runs = runs == UpRuns::count(entry_->counts);
-    if (all_runs && have_z_) return;
+    if (all_runs && have_z_) return __syncthreads();
     const int position = shared_.runs[0].position;
     const Run last = shared_.runs[runs - 1];
     const int bytes = last.position + UpRuns::lanes_of(last.bits()) - position;
@@ -327,20 +267,30 @@ class Up {
   // y on its way: into registers where a thread has one output, else into L2, a line of 128 bytes a
   // thread; one that lies across two is met by its neighbour but for the last.
   __device__ void fetch_y(int first_panel, int last_panel) {
-    const DeltaLayer& layer = args_.layers[layer_];
-    const int size = args_.element == Element::kFloat ? 4 : 2, each = alone_ ? 1 : 128 / size;
-    const int o = first_panel * kPanelCodes + static_cast<int>(threadIdx.x) * each;
-    if (o >= min(static_cast<int>(out_), last_panel * kPanelCodes)) return;
+    const int each = alone_ ? 1 : static_cast<int>(128 / sizeof(T));
+    const int i = static_cast<int>(threadIdx.x) * each;
+    if (i >= outputs_of(first_panel, last_panel)) return;
 #pragma unroll
     for (int token = 0; token < kGroupTokens; ++token) {
       if (tokens_.id[token] < 0) continue;
-      const int64_t at = tokens_.id[token] * layer.y_row_stride + o;
+      const T* y = y_of(token, first_panel) + i;
       if (alone_) {
-        y_[token] = load_element(layer.y, at, args_.element);
+        y_[token] = widen(*y);
       } else {
-        prefetch(static_cast<const char*>(layer.y) + at * size);
+        prefetch(y);
       }
     }
+  }
+
+  __device__ T* y_of(int token, int panel) const {
+    const DeltaLayer& layer = args_.layers[layer_];
+    return static_cast<T*>(layer.y) + tokens_.of(token) * layer.y_row_stride +
+           int64_t{panel} * kPanelCodes;
+  }
+
+  __device__ int outputs_of(int first_panel, int last_panel) const {
+    return static_cast<int>(min(out_, int64_t{last_panel} * kPanelCodes)) -
+           first_panel * kPanelCodes;
   }
 
   __device__ static int row_of(int i) {
@@ -363,36 +313,32 @@ class Up {
 
   // A thread has two adjacent outputs, or one where that keeps more threads busy.
   __device__ void add_to_y(int first_panel, int last_panel) const {
-    with_element(args_.element, [&](auto type) {
-      using T = decltype(type);
-      const DeltaLayer& layer = args_.layers[layer_];
-      const bool aligned = reinterpret_cast<uintptr_t>(layer.y) % (2 * sizeof(T)) == 0 &&
-                           layer.y_row_stride % 2 == 0;
-      const int64_t first = int64_t{first_panel} * kPanelCodes;
-      const int outputs = static_cast<int>(min(out_, int64_t{last_panel} * kPanelCodes) - first);
+    const DeltaLayer& layer = args_.layers[layer_];
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(layer.y) % (2 * sizeof(T)) == 0 && layer.y_row_stride % 2 == 0;
+    const int outputs = outputs_of(first_panel, last_panel);
 #pragma unroll 1
-      for (int token = 0; token < kGroupTokens; ++token) {
-        if (tokens_.of(token) < 0) continue;
-        T* y = static_cast<T*>(layer.y) + tokens_.of(token) * layer.y_row_stride + first;
-        const int64_t offset = sum_of_warps(shared_.level_offset[token]);
-        const float unit = shared_.units[token].unit;
-        const auto delta = [&](int64_t sum) { return static_cast<float>(2 * sum - offset) * unit; };
-        if (alone_) {
-          const int i = threadIdx.x;
-          if (i < outputs) {
-            const float before = token == 0 ? y_[0] : y_[1];
-            y[i] = narrow<T>(before + delta(sum_of_rings(i, token)));
-          }
-          continue;
+    for (int token = 0; token < kGroupTokens; ++token) {
+      if (tokens_.of(token) < 0) continue;
+      T* y = y_of(token, first_panel);
+      const int64_t offset = sum_of_warps(shared_.level_offset[token]);
+      const float unit = shared_.units[token].unit;
+      const auto delta = [&](int64_t sum) { return static_cast<float>(2 * sum - offset) * unit; };
+      if (alone_) {
+        const int i = threadIdx.x;
+        if (i < outputs) {
+          const float before = token == 0 ? y_[0] : y_[1];
+          y[i] = narrow<T>(before + delta(sum_of_rings(i, token)));
         }
-#pragma unroll 2
-        for (int i = threadIdx.x * 2; i < outputs; i += blockDim.x * 2) {
-          Two<T> two(y + i, outputs - i, aligned);
-          two.add(delta(sum_of_batch(i, token)), delta(sum_of_batch(i + 1, token)));
-          two.store();
-        }
+        continue;
       }
-    });
+#pragma unroll 4
+      for (int i = threadIdx.x * 2; i < outputs; i += blockDim.x * 2) {
+        Two<T> two(y + i, outputs - i, aligned);
+        two.add(delta(sum_of_batch(i, token)), delta(sum_of_batch(i + 1, token)));
+        two.store();
+      }
+    }
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -414,12 +360,19 @@ class Up {
   bool waited_ = false;
 };
 
-template <bool kOnePart>
+template <typename T, bool kOnePart>
 __global__ void __launch_bounds__(kMaxUpWarps * 32, 1)
     up_kernel(const __grid_constant__ DeltaGemmCudaArgs args, const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  Up<kOnePart>(args, plan, shared).run();
+  Up<T, kOnePart>(args, plan, shared).run();
+}
+
+template <bool kOnePart>
+auto kernel_of(Element element) {
+  return element == Element::kFloat  ? up_kernel<float, kOnePart>
+         : element == Element::kHalf ? up_kernel<__half, kOnePart>
+                                     : up_kernel<__nv_bfloat16, kOnePart>;
 }
 
 }  // namespace
@@ -437,8 +390,8 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
                      sizeof(UpShared) + static_cast<size_t>(bytes)};
   const bool one_part = WarpRoute::fits(args, device.multiprocessors);
-  return launch_overlapped(one_part ? up_kernel<true> : up_kernel<false>, grid, device, stream,
-                           args, plan);
+  const auto kernel = one_part ? kernel_of<true>(args.element) : kernel_of<false>(args.element);
+  return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

@@ -283,7 +283,7 @@ constexpr int kLeastKilobytes = 99;
 // 99 KiB are the least that there is, 163 KiB an A100's.
 template <typename Body>
 void on_any_device(Body body) {
-  for (const int multiprocessors : {1, 3, 200}) {
+  for (const int multiprocessors : {1, 3, 7, 200}) {
     for (const int kilobytes : {kLeastKilobytes, 163}) {
       emulator::device.multiprocessors = multiprocessors;
       emulator::device.shared_bytes = kilobytes * 1024;

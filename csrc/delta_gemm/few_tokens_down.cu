@@ -122,21 +122,23 @@ class Down {
   // lanes know a tile each, for all.
   __device__ void share_stages(const Run& run, int tiles, int width) {
     const int lane = threadIdx.x, warps = blockDim.x / 32;
-    const int cost = lane < tiles ? run.block_words() + DownRuns::kStageCost : 0;  // a panel
-    const int before =
-        (run.before - __shfl_sync(kWarp, run.before, 0) + lane * DownRuns::kStageCost) * width;
-    const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
-    int tile = 0;  // the last that begins before or there
+    int stage = width * lane / warps;  // of one tile
+    if (tiles > 1) {
+      const int cost = lane < tiles ? run.block_words() + DownRuns::kStageCost : 0;  // a panel
+      const int first = __shfl_sync(kWarp, run.before, 0);
+      const int before = (run.before - first + lane * DownRuns::kStageCost) * width;
+      const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
+      int tile = 0;  // the last that begins before or there
 #pragma unroll
-    for (int step = kDownTiles / 2; step > 0; step /= 2) {
-      const int there = __shfl_sync(kWarp, before, tile + step);
-      if (tile + step < tiles && there <= begin) tile += step;
+      for (int step = kDownTiles / 2; step > 0; step /= 2) {
+        const int there = __shfl_sync(kWarp, before, tile + step);
+        if (tile + step < tiles && there <= begin) tile += step;
+      }
+      const int left = begin - __shfl_sync(kWarp, before, tile);
+      const int each = __shfl_sync(kWarp, cost, tile);
+      stage = tile * width + (left + each - 1) / each;
     }
-    const int left = begin - __shfl_sync(kWarp, before, tile),
-              each = __shfl_sync(kWarp, cost, tile);
-    const int stage = tile * width + (left + each - 1) / each;
-    const int stages = __shfl_down_sync(kWarp, stage, 1) - stage;
-    tile = stage / width;
+    const int stages = __shfl_down_sync(kWarp, stage, 1) - stage, tile = stage / width;
     if (lane < warps) shared_.shares[lane] = {tile, stage - tile * width, stages};
   }
 

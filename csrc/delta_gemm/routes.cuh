@@ -136,8 +136,9 @@ __device__ __forceinline__ T sum_until_lane(T value) {
 
 // So many parts of each entry, lane e's, that the largest is small and there are no more than
 // `blocks`, where these are at least twice the entries. By one warp.
-__device__ __forceinline__ int parts_of(int cost, float each, int blocks) {
-  float low = each, high = 2.0f * each;
+__device__ __forceinline__ int parts_of(int cost, int blocks) {
+  float low = static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
+  float high = 2.0f * low;
 #pragma unroll 1
   for (int i = 0; i < 5; ++i) {
     const float middle = 0.5f * (low + high);
@@ -192,17 +193,23 @@ class WarpRoute {
   __device__ void take_part(SharedRoutes& routes, const Tiles& cut) const {
     const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x);
     const int blocks = static_cast<int>(gridDim.x);
-    const Entry& entry = routes.entries[lane];
-    const bool works = lane < entries_ && entry.rank > 0;
-    const int tiles = works ? cut.tiles(layer_, entry) : 0;
-    // The sum of 32 stays below 2^31.
-    const int64_t exact_cost = works ? cut.cost(layer_, entry) : 0;
-    const int cost = static_cast<int>(min(exact_cost, int64_t{1} << 25));
-    const float each =
-        static_cast<float>(__reduce_add_sync(0xffffffffu, cost)) / static_cast<float>(blocks);
-    const bool by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
-    const int parts = by_tile ? tiles : parts_of(cost, each, blocks);
-    const int last = sum_until_lane(parts);
+    int parts = 0, last = 0;  // of the lane's entry; those up to and including it
+    bool by_tile = false;
+    if (entries_ == 1) {  // of one token or one model: soon done
+      const Entry& entry = routes.entries[0];
+      const int tiles = entry.rank > 0 ? cut.tiles(0, entry) : 0;
+      by_tile = tiles <= blocks;
+      parts = last = min(tiles, blocks);
+    } else if (entries_ > 1) {
+      const Entry& entry = routes.entries[lane];
+      const bool works = lane < entries_ && entry.rank > 0;
+      const int tiles = works ? cut.tiles(layer_, entry) : 0;
+      by_tile = __reduce_add_sync(0xffffffffu, tiles) <= blocks;
+      // The sum of 32 stays below 2^31.
+      const int64_t cost = works ? min(cut.cost(layer_, entry), int64_t{1} << 25) : 0;
+      parts = by_tile ? tiles : parts_of(static_cast<int>(cost), blocks);
+      last = sum_until_lane(parts);
+    }
     const unsigned behind = __ballot_sync(0xffffffffu, last > block);
     const int e = max(__ffs(behind) - 1, 0);
     const int of = __shfl_sync(0xffffffffu, parts, e);

@@ -15,10 +15,10 @@
 //   down   z = scale · V x      a tile: 16 components of a group, all panels of V
 //   up     y += U z             a tile: 256 outputs (one panel of U) of a group, all components
 //
-// The tiles of all groups, weighted with their words, are cut into equal shares for the thread
-// blocks, a share into batches (tiles of one group, as many as there are sums in shared memory), a
-// batch into equal shares for the warps. A warp streams its words through shared memory
-// (word_stream.cuh) and multiplies codes as unsigned bytes with x or z as three signed ones
+// A thread block has a part of a group's tiles (routes.cuh), worked off in batches of as many as
+// there are sums for in shared memory, and each batch is cut into equal shares for the warps. A warp
+// streams its words through shared memory (word_stream.cuh) and multiplies codes as unsigned bytes
+// with x or z as three signed ones
 // (fixed_point.cuh):
 //
 //   sum of level · v = 2 * sum of code · v - (2^b - 1) * sum of v

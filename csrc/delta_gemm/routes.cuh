@@ -7,7 +7,8 @@
 
 // Who works on what, found by every thread block for itself from the slots: with so few tokens that
 // costs less than a kernel of its own. Tokens of one slot go two by two into groups; an entry is a
-// (layer, group); the blocks of the grid share the entries' cost, which is counted in words.
+// (layer, group). Up to 32 entries are divided into parts, one a thread block, by a single warp;
+// more of them are one row of equal costs, a thread block's share of which may be parts of several.
 namespace adamix {
 
 constexpr int kFewTokens = 128;  // of one launch

@@ -119,6 +119,12 @@ static_assert((kProducers * kProducerRegisters + kConsumers * kConsumerRegisters
                   65536,
               "there are no more");
 
+// Not before all is prepared that can be: meanwhile the code and the arguments come.
+__device__ void wait_for_sort() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
 template <typename T>
 __device__ void produce_down(const ManyTokensArgs& args, int group) {
   const DeltaGemmCudaArgs& call = args.call;
@@ -132,6 +138,7 @@ __device__ void produce_down(const ManyTokensArgs& args, int group) {
                    call.tokens,
                    aligned};
   Producer<T, false> producer(Stages(args.shared_bytes), group);
+  wait_for_sort();
   for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
   producer.finish();
 }
@@ -140,6 +147,7 @@ template <typename T>
 __device__ void consume_down(const ManyTokensArgs& args, int group) {
   using Down = Consumer<T, false>;
   const Stages stages(args.shared_bytes);
+  wait_for_sort();
   Down(stages, group).run([&](const Task& task) {
     const int64_t at = args.row_of_part(task.layer, task.first_token) + task.first_row;
     const float* scales = reinterpret_cast<const float*>(args.call.arena + task.scale_offset);
@@ -159,8 +167,6 @@ __device__ void consume_down(const ManyTokensArgs& args, int group) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const int group = threadIdx.x / kGroupThreads;
   if (group < kProducers) {
     give_registers<kProducerRegisters>();

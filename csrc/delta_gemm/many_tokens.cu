@@ -14,8 +14,10 @@
 //   up     y += U z            256 tokens times 128 outputs, all components
 //
 // down and up are persistent: a thread block goes from product to product, its producer warps ahead
-// of its consumers (many_tokens_pipeline.cuh). z is rounded once to bf16: it is an operand of the
-// second product, and lies in memory as up's tiles will in shared memory (tile_product.cuh):
+// of its consumers (many_tokens_pipeline.cuh). Products of the last round have half of the tokens
+// if that keeps more thread blocks at work: where tokens share one slot, up has few products. z is
+// rounded once to bf16: it is an operand of the second product, and lies in memory as up's tiles
+// will in shared memory (tile_product.cuh):
 //
 //   z   [layers, z_width / 64, sorted tokens, 64], the chunks of line l of a tile exchanged by l
 //
@@ -51,6 +53,30 @@ struct ManyTokensArgs {
   __device__ int64_t part_size() const { return call.layer_count * call.tokens * z_width; }
 };
 
+// Works, one for each thread block in a round. Where the last round would leave half of the thread
+// blocks idle, its works are cut: each thread block has the tokens of one consumer group.
+class Rounds {
+ public:
+  __device__ explicit Rounds(unsigned works) {
+    const unsigned last = works % gridDim.x;
+    whole_ = last * kConsumers <= gridDim.x ? works - last : works;
+    count_ = whole_ + (works - whole_) * kConsumers;
+  }
+
+  __device__ unsigned count() const { return count_; }
+  __device__ unsigned work(unsigned i) const {
+    return i < whole_ ? i : whole_ + (i - whole_) / kConsumers;
+  }
+  // First of its tokens in the tile, and how many there are at most.
+  __device__ int first_token(unsigned i) const {
+    return i < whole_ ? 0 : (i - whole_) % kConsumers * kProductTokens;
+  }
+  __device__ int tokens(unsigned i) const { return i < whole_ ? kTileTokens : kProductTokens; }
+
+ private:
+  unsigned whole_, count_;
+};
+
 // The products of one thread block, in an order in which those that share weights are neighbours.
 // each(product) for all.
 template <bool kUp, typename Each>
@@ -59,14 +85,17 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
   const unsigned tiles = *args.sorted.tile_count, layers = call.layer_count;
   const unsigned parts = kUp ? 1 : args.parts;
   const unsigned row_tiles = kUp ? args.row_tiles : static_cast<unsigned>(args.z_width / kTileRows);
-  const unsigned works = row_tiles * parts * layers * tiles;
-  for (unsigned work = blockIdx.x; work < works; work += gridDim.x) {
+  const Rounds rounds(row_tiles * parts * layers * tiles);
+  for (unsigned i = blockIdx.x; i < rounds.count(); i += gridDim.x) {
+    const unsigned work = rounds.work(i), above = work / tiles;
     const TokenTile tile = args.sorted.tiles[work % tiles];
-    const unsigned above = work / tiles;
     const int layer = above % layers, part = above / layers % parts;
     const DeltaLayer& matrix = call.layers[layer];
     const Entry entry = load_entry(matrix.table, tile.slot, call.max_rank);
     Product product;
+    product.first_token = tile.first + rounds.first_token(i);
+    product.tokens = min(tile.count - rounds.first_token(i), rounds.tokens(i));
+    if (product.tokens <= 0) continue;
     product.first_row = above / layers / parts * kTileRows;
     if (product.first_row >= (kUp && entry.rank > 0 ? matrix.out : entry.rank)) continue;
     product.counts = entry.counts;
@@ -77,8 +106,6 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
     product.last_step = steps * (part + 1) / parts;
     product.factor = kUp ? make_factor(call.arena + entry.u_offset, entry.counts, matrix.out)
                          : make_factor(call.arena + entry.v_offset, entry.counts, call.in);
-    product.first_token = tile.first;
-    product.tokens = tile.count;
     product.layer = layer;
     product.part = part;
     product.scale_offset = entry.scale_offset;
@@ -91,6 +118,12 @@ constexpr int kProducerRegisters = 88, kConsumerRegisters = 168;
 static_assert((kProducers * kProducerRegisters + kConsumers * kConsumerRegisters) * kGroupThreads <=
                   65536,
               "there are no more");
+
+// Not before all is prepared that can be: meanwhile the code and the arguments come.
+__device__ void wait_for_sort() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
 
 template <typename T>
 __device__ void produce_down(const ManyTokensArgs& args, int group) {
@@ -105,6 +138,7 @@ __device__ void produce_down(const ManyTokensArgs& args, int group) {
                    call.tokens,
                    aligned};
   Producer<T, false> producer(Stages(args.shared_bytes), group);
+  wait_for_sort();
   for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
   producer.finish();
 }
@@ -113,6 +147,7 @@ template <typename T>
 __device__ void consume_down(const ManyTokensArgs& args, int group) {
   using Down = Consumer<T, false>;
   const Stages stages(args.shared_bytes);
+  wait_for_sort();
   Down(stages, group).run([&](const Task& task) {
     const int64_t at = args.row_of_part(task.layer, task.first_token) + task.first_row;
     const float* scales = reinterpret_cast<const float*>(args.call.arena + task.scale_offset);
@@ -132,8 +167,6 @@ __device__ void consume_down(const ManyTokensArgs& args, int group) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ ManyTokensArgs args) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const int group = threadIdx.x / kGroupThreads;
   if (group < kProducers) {
     give_registers<kProducerRegisters>();
@@ -233,10 +266,13 @@ __global__ void __launch_bounds__(kSortThreads)
   __shared__ int2 warp_sums[kSortThreads / 32];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (args.routes.slots != nullptr) {
-    sort_by_slots(args, target, static_cast<int*>(dynamic_shared()), warp_sums);
-  } else {
+  auto* counters = static_cast<int*>(dynamic_shared());
+  if (args.routes.slots == nullptr) {
     cut_segments(args, target, warp_sums);
+  } else if (args.tokens <= kSortThreads) {
+    sort_by_slots<true>(args, target, counters, warp_sums);
+  } else {
+    sort_by_slots<false>(args, target, counters, warp_sums);
   }
 }
 

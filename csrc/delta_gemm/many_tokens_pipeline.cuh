@@ -88,6 +88,7 @@ __device__ __forceinline__ int thread_lines(int tokens, int thread) {
   return (tokens - thread / kLineChunks + kLineStride - 1) / kLineStride;
 }
 constexpr int kThreadLineBytes = kLineStride * kLineBytes;  // from one to the next
+constexpr int kSomeLines = kThreadLines / kConsumers;       // copied at a time: of a consumer group
 
 // x, row by row.
 struct XRows {
@@ -129,8 +130,11 @@ class XTiles {
   // 64 k, zeros behind the last, into the tile at a shared address.
   __device__ void copy(const XRows& rows, uint32_t tile) {
     const bool whole = rows.aligned && k_ / kStepCodes * kStepCodes + kStepCodes <= rows.codes;
-    if (whole && lines_ == kThreadLines) {
-      copy_all(tile + target_);
+    if (whole && lines_ % kSomeLines == 0) {
+#pragma unroll 1
+      for (int i = 0; i < lines_; i += kSomeLines) {
+        copy_some(tile + target_ + i * kThreadLineBytes, rows_ + i / 4);
+      }
     } else {
 #pragma unroll 1
       for (int i = 0; i < lines_; ++i) {
@@ -149,12 +153,12 @@ class XTiles {
   }
 
  private:
-  __device__ void copy_all(uint32_t target) const {
-    uint4 fours[kThreadLines / 4];
+  __device__ void copy_some(uint32_t target, const uint4* rows) const {
+    uint4 fours[kSomeLines / 4];
 #pragma unroll
-    for (int i = 0; i < kThreadLines / 4; ++i) fours[i] = rows_[i];
+    for (int i = 0; i < kSomeLines / 4; ++i) fours[i] = rows[i];
 #pragma unroll
-    for (int i = 0; i < kThreadLines; ++i) {
+    for (int i = 0; i < kSomeLines; ++i) {
       const uint4& four = fours[i / 4];
       const uint32_t row =
           i % 4 < 2 ? (i % 4 == 0 ? four.x : four.y) : (i % 4 == 2 ? four.z : four.w);
@@ -199,13 +203,14 @@ class ZTiles {
   }
 
   __device__ void copy(const ZTilesInMemory& z, uint32_t tile) {
-    if (lines_ == kThreadLines) {
-#pragma unroll
-      for (int i = 0; i < kThreadLines; ++i) copy_line(tile, i);
-    } else {
+    int i = 0;
 #pragma unroll 1
-      for (int i = 0; i < lines_; ++i) copy_line(tile, i);
+    for (; i + kSomeLines <= lines_; i += kSomeLines) {
+#pragma unroll
+      for (int j = 0; j < kSomeLines; ++j) copy_line(tile, i + j);
     }
+#pragma unroll 1
+    for (; i < lines_; ++i) copy_line(tile, i);
     source_ += kProducers * z.step_bytes;
   }
 

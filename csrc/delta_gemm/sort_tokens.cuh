@@ -83,8 +83,9 @@ __device__ inline int tiles_of(int tokens) {
 
 // Tokens of a thread, 1024 apart: all their slots are on their way at once, and where there are no
 // more they are read and counted once.
+template <int kMost>
 struct SomeTokens {
-  static constexpr int kEach = 8, kAll = kEach * kSortThreads;
+  static constexpr int kEach = kMost, kAll = kEach * kSortThreads;
 
   int slots[kEach];   // -1: none
   int before[kEach];  // the counter before the token
@@ -142,31 +143,34 @@ __device__ inline void place_slots(const SortTarget& target, int capacity, int* 
 }
 
 // A counting sort. Tokens of a slot may come in any order: a token's result does not depend on it.
-__device__ inline void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTarget& target,
-                                     int* counters, int2* warp_sums) {
+// kFew: of a token a thread at most, in less code: it runs once, so that fetching it costs most.
+template <bool kFew>
+__device__ void sort_by_slots(const DeltaGemmCudaArgs& args, const SortTarget& target,
+                              int* counters, int2* warp_sums) {
+  using Some = SomeTokens<kFew ? 1 : 8>;
   const int capacity = static_cast<int>(args.capacity), tokens = static_cast<int>(args.tokens);
-  const bool once = tokens <= SomeTokens::kAll;
-  SomeTokens some;
+  const bool once = kFew || tokens <= Some::kAll;
+  Some some;
   some.load(args, 0);
   for (int slot = threadIdx.x; slot < capacity; slot += kSortThreads) counters[slot] = 0;
   __syncthreads();
-  for (int first = 0; first < tokens; first += SomeTokens::kAll) {
+  for (int first = 0; first < tokens; first += Some::kAll) {
     if (!once) some.load(args, first);
     some.count(args, first, counters);
   }
   __syncthreads();
   place_slots(target, capacity, counters, warp_sums);
   __syncthreads();
-  for (int first = 0; first < tokens; first += SomeTokens::kAll) {
+  for (int first = 0; first < tokens; first += Some::kAll) {
     if (!once) {
       some.load(args, first);
       some.count(args, first, counters);
     }
 #pragma unroll
-    for (int i = 0; i < SomeTokens::kEach; ++i) {
+    for (int i = 0; i < Some::kEach; ++i) {
       if (some.slots[i] < 0) continue;
       const int at = (once ? counters[some.slots[i]] : 0) + some.before[i];
-      target.order[at] = SomeTokens::token_of(first, i);
+      target.order[at] = Some::token_of(first, i);
     }
   }
 }

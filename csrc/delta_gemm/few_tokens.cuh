@@ -16,10 +16,9 @@
 //   up     y += U z             a tile: 256 outputs (one panel of U) of a group, all components
 //
 // A thread block has a part of a group's tiles (routes.cuh), worked off in batches of as many as
-// there are sums for in shared memory, and each batch is cut into equal shares for the warps. A warp
-// streams its words through shared memory (word_stream.cuh) and multiplies codes as unsigned bytes
-// with x or z as three signed ones
-// (fixed_point.cuh):
+// there are sums for in shared memory, and each batch is cut into equal shares for the warps. A
+// warp streams its words through shared memory (word_stream.cuh) and multiplies codes as unsigned
+// bytes with x or z as three signed ones (fixed_point.cuh):
 //
 //   sum of level · v = 2 * sum of code · v - (2^b - 1) * sum of v
 //

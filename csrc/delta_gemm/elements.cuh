@@ -101,15 +101,16 @@ struct alignas(16) Eight {
 
   // vector: whether they may be read 16 bytes at a time.
   __device__ __forceinline__ void load(const T* data, int64_t i, int64_t count, bool vector) {
-    if (vector && i + 8 <= count) {
+    if (vector && i + 8 <= count) return load_vector(data + i);
+    Eight<T> singly;
+    load_eight_singly(data, i, count, reinterpret_cast<T*>(&singly));
 #pragma unroll
-      for (int j = 0; j < kWords; j += 4) set(j, *reinterpret_cast<const uint4*>(data + i + j));
-    } else {
-      Eight<T> singly;
-      load_eight_singly(data, i, count, reinterpret_cast<T*>(&singly));
+    for (int j = 0; j < kWords; j += 4) set(j, reinterpret_cast<const uint4*>(&singly)[j / 4]);
+  }
+
+  __device__ __forceinline__ void load_vector(const T* data) {
 #pragma unroll
-      for (int j = 0; j < kWords; j += 4) set(j, reinterpret_cast<const uint4*>(&singly)[j / 4]);
-    }
+    for (int j = 0; j < kWords; j += 4) set(j, *reinterpret_cast<const uint4*>(data + j));
   }
 
   __device__ __forceinline__ float value(int i) const {

@@ -15,7 +15,8 @@ constexpr int kDownDepth = 4;
 constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
 
 struct DownPlan {
-  int x_bytes;  // for the digits of x, as many panels at a time as there is room for
+  int x_bytes;  // for the digits of x, as many panels at a time as there is room for:
+  int panels_of_one, panels_of_two;  // of a group of one token, of two
 };
 
 __host__ __device__ constexpr int x_plane_bytes(int panels) {
@@ -71,19 +72,12 @@ class Down {
   }
 
  private:
-  // Panels whose digits there is room for.
-  __device__ int room_for_panels(int tokens) const {
-    return (plan_.x_bytes / (tokens * kDigits) - 16) / kPanelCodes;
-  }
-
   __device__ void run_part(const Part& part, const Entry& entry) {
-    const int layer = part.entry / shared_.routes.groups;
-    const int group = part.entry - layer * shared_.routes.groups;
-    layer_ = layer;
+    layer_ = part.layer;
     entry_ = &entry;
     factor_ = make_factor(args_.arena + entry.v_offset, entry.counts, args_.in);
-    const Tokens tokens = {shared_.routes.group_token[group][0],
-                           shared_.routes.group_token[group][1]};
+    const Tokens tokens = {shared_.routes.group_token[part.group][0],
+                           shared_.routes.group_token[part.group][1]};
     if (!(tokens == tokens_)) begin_x(tokens);
     for (int tile = part.begin; tile < part.end; tile += kDownTiles) {
       run_batch(tile, min(part.end - tile, kDownTiles));
@@ -122,24 +116,23 @@ class Down {
   // lanes know a tile each, for all.
   __device__ void share_stages(const Run& run, int tiles, int width) {
     const int lane = threadIdx.x, warps = blockDim.x / 32;
-    int stage = width * lane / warps;  // of one tile
-    if (tiles > 1) {
-      const int cost = lane < tiles ? run.block_words() + DownRuns::kStageCost : 0;  // a panel
-      const int first = __shfl_sync(kWarp, run.before, 0);
-      const int before = (run.before - first + lane * DownRuns::kStageCost) * width;
-      const int begin = __reduce_add_sync(kWarp, cost) * width * lane / warps;
-      int tile = 0;  // the last that begins before or there
-#pragma unroll
-      for (int step = kDownTiles / 2; step > 0; step /= 2) {
-        const int there = __shfl_sync(kWarp, before, tile + step);
-        if (tile + step < tiles && there <= begin) tile += step;
-      }
-      const int left = begin - __shfl_sync(kWarp, before, tile);
-      const int each = __shfl_sync(kWarp, cost, tile);
-      stage = tile * width + (left + each - 1) / each;
+    const int cost = lane < tiles ? run.block_words() + DownRuns::kStageCost : 0;  // a panel
+    const int first = __shfl_sync(kWarp, run.before, 0);
+    const int before = (run.before - first + lane * DownRuns::kStageCost) * width;
+    const int total = __reduce_add_sync(kWarp, cost) * width;
+    int rest;
+    const int begin = lane < warps ? divide(total * lane, warps, rest) : total;
+    int tile = 0;  // the last that begins before or there
+    for (int step = kDownTiles / 2; tiles > 1 && step > 0; step /= 2) {
+      const int there = __shfl_sync(kWarp, before, tile + step);
+      if (tile + step < tiles && there <= begin) tile += step;
     }
-    const int stages = __shfl_down_sync(kWarp, stage, 1) - stage, tile = stage / width;
-    if (lane < warps) shared_.shares[lane] = {tile, stage - tile * width, stages};
+    const int left = begin - __shfl_sync(kWarp, before, tile);
+    int panel = divide_up(left, __shfl_sync(kWarp, cost, tile));
+    if (panel >= width) panel = 0, ++tile;
+    const int stage = tile * width + panel;
+    const int stages = __shfl_down_sync(kWarp, stage, 1) - stage;
+    if (lane < warps) shared_.shares[lane] = {tile, panel, stages};
   }
 
   __device__ void run_chunk(int first_panel, int last_panel, int tiles) {
@@ -199,26 +192,32 @@ class Down {
   // --- x
 
   // A group's tokens, and each warp's part of their largest values. A barrier must follow.
+  static constexpr int kAtOnce = 4;  // vectors of a thread on their way
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
     loaded_ = measured_ = false;
     // The first warp has other work meanwhile, if there are others.
     const int others = static_cast<int>(blockDim.x) - 32, measurers = others > 0 ? others : 32;
     const int measuring = static_cast<int>(threadIdx.x) - (others > 0 ? 32 : 0);
-    // Chunks of panels, all about as large; a group of one token has half the digits.
-    const int room = room_for_panels(tokens.id[1] < 0 ? 1 : kGroupTokens);
-    const int chunks = (panels_ + room - 1) / room;
-    chunk_panels_ = (panels_ + chunks - 1) / chunks;
+    chunk_panels_ = tokens.id[1] < 0 ? plan_.panels_of_one : plan_.panels_of_two;
+    const int in = static_cast<int>(args_.in), step = measurers * 8;
+    const bool vector = vector_x() && in % 8 == 0;
 #pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;
       uint32_t largest = 0;
-      if (measuring >= 0)
-        for (int64_t k = measuring * 8; k < args_.in; k += measurers * 8) {
-          Eight<T> eight;
-          eight.load(x_row(i), k, args_.in, vector_x());
-          largest = eight.largest(largest);
+#pragma unroll 1
+      for (int k = measuring * 8; measuring >= 0 && k < in; k += kAtOnce * step) {
+        Eight<T> eights[kAtOnce] = {};
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int at = k + j * step;
+          if (vector && at < in) eights[j].load_vector(x_row(i) + at);
+          if (!vector) eights[j].load(x_row(i), at, in, false);
         }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) largest = eights[j].largest(largest);
+      }
       put_warp_max(Eight<T>::bits_of_largest(largest), shared_.largest[i]);
     }
   }
@@ -341,6 +340,14 @@ auto kernel_of(Element element) {
                                      : down_kernel<__nv_bfloat16, kOnePart>;
 }
 
+// Chunks of panels, all about as large, of which so many planes of digits have room.
+int panels_at_once(const DeltaGemmCudaArgs& args, int x_bytes, int planes) {
+  const int panels = static_cast<int>(panel_count(args.in));
+  const int room = std::max((x_bytes / planes - 16) / kPanelCodes, 1);
+  const int chunks = (panels + room - 1) / room;
+  return (panels + chunks - 1) / chunks;
+}
+
 }  // namespace
 
 cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
@@ -354,8 +361,10 @@ cudaError_t launch_few_tokens_down(const DeltaGemmCudaArgs& args, cudaStream_t s
   const int beside = bytes - kMaxDownWarps * kDownRingWords * 4;
   const int most = std::max(beside, std::min(one, bytes / 2));
   const int tokens = args.tokens == 1 ? 1 : kGroupTokens;
-  const DownPlan plan = {
-      std::max(std::min(tokens * one, most) / 16 * 16, kColumns * x_plane_bytes(1))};
+  DownPlan plan = {std::max(std::min(tokens * one, most) / 16 * 16, kColumns * x_plane_bytes(1)), 0,
+                   0};
+  plan.panels_of_one = panels_at_once(args, plan.x_bytes, kDigits);
+  plan.panels_of_two = panels_at_once(args, plan.x_bytes, kColumns);
   const int warps = warps_for(bytes - plan.x_bytes, kDownRingWords, kMaxDownWarps);
   const Grid grid = {
       dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,

@@ -16,7 +16,9 @@ struct DownTiles {
     return int64_t{panels} * DownRuns::cost(entry.counts);
   }
   __device__ int tile_at(int, const Entry& entry, int part, int parts) const {
-    return DownRuns::begin_before(entry.counts, DownRuns::cost(entry.counts) * part / parts);
+    int rest;
+    const int cost = divide(DownRuns::cost(entry.counts) * part, parts, rest);
+    return DownRuns::begin_before(entry.counts, cost);
   }
   __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
     return DownRuns::begin_before(entry.counts, static_cast<int>((cost + panels - 1) / panels));

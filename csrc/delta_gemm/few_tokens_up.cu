@@ -9,7 +9,8 @@ namespace adamix {
 namespace {
 
 struct UpPlan {
-  int pool_words;  // for the digits of z and the sums of a batch's panels
+  // Panels of a batch: there is room for their sums beside the digits of one token's z, of two.
+  int panels_of_one, panels_of_two;
 };
 
 struct alignas(16) UpShared {
@@ -45,24 +46,24 @@ class Up {
 
  private:
   __device__ void run_part(const Part& part, const Entry& entry) {
-    const int layer = part.entry / shared_.routes.groups;
-    const int group = part.entry - layer * shared_.routes.groups;
-    layer_ = layer;
+    layer_ = part.layer;
     entry_ = &entry;
-    out_ = args_.layers[layer].out;
+    out_ = args_.layers[layer_].out;
     factor_ = make_factor(args_.arena + entry.u_offset, entry.counts, out_);
-    tokens_ = {shared_.routes.group_token[group][0], shared_.routes.group_token[group][1]};
-    const int columns = tokens_.id[1] < 0 ? kDigits : kColumns;
+    tokens_ = {shared_.routes.group_token[part.group][0],
+               shared_.routes.group_token[part.group][1]};
+    const bool one = tokens_.id[1] < 0;
+    const int columns = one ? kDigits : kColumns;
     sums_ = reinterpret_cast<int32_t*>(z_planes_ + columns * kZPlaneBytes);
     panel_words_ = columns * kUpColumnStride;
     have_z_ = false;
     // Batches of panels, all about as large.
-    const int room = (plan_.pool_words - columns * kZPlaneBytes / 4) / panel_words_;
-    const int panels = part.end - part.begin;
-    const int batches = (panels + room - 1) / room;
-    for (int batch = 0; batch < batches; ++batch) {
-      if (batch > 0 || !kOnePart) __syncthreads();  // the sums of the batch before are read
-      run_batch(part.begin + panels * batch / batches, part.begin + panels * (batch + 1) / batches);
+    const int room = one ? plan_.panels_of_one : plan_.panels_of_two,
+              panels = part.end - part.begin;
+    const int each = panels <= room ? panels : divide_up(panels, divide_up(panels, room));
+    for (int panel = part.begin; panel < part.end; panel += each) {
+      if (panel > part.begin || !kOnePart) __syncthreads();  // the sums before are read
+      run_batch(panel, min(panel + each, part.end));
     }
   }
 
@@ -98,19 +99,13 @@ class Up {
     }
   }
 
-  // Warps have shares of equal cost: words of (panel, run), panels outside.
-  struct Share {
-    int panel, run, stages;
-  };
-
-  __device__ Share share_of_warp(int panels, int runs) const {
+  __device__ UpShare share_of_warp(int panels, int runs) const {
     const int begin = shared_.runs[0].before, lane = threadIdx.x % 32;
     const Run last_run = shared_.runs[runs - 1];
     const int cost =
         last_run.before + last_run.block_words() - begin + runs * UpRuns::kStageCost;  // a panel
     const auto stage_at = [&](int words, int& run) {
-      int panel = words / cost;
-      const int left = words - panel * cost;
+      int left, panel = divide(words, cost, left);
       run = 0;
       for (int first = 0; first < runs; first += 32) {
         const int i = first + lane;
@@ -123,15 +118,16 @@ class Up {
     };
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int total = cost * panels;
-    int run, next_run;
-    const int panel = stage_at(total * warp / warps, run);
-    const int next = stage_at(total * (warp + 1) / warps, next_run);
+    int rest, run, next_run;
+    const int panel = stage_at(divide(total * warp, warps, rest), run);
+    const int next =
+        stage_at(warp + 1 < warps ? divide(total * (warp + 1), warps, rest) : total, next_run);
     return {panel, run, (next - panel) * runs + next_run - run};
   }
 
   __device__ void run_chunk(int first_panel, int last_panel, int first_run, int last_run) {
     const int runs = last_run - first_run;
-    const Share share = share_of_warp(last_panel - first_panel, runs);
+    const UpShare share = share_of_warp(last_panel - first_panel, runs);
     // Under way while z is prepared, and at first while `down` still runs.
     UpStream stream(
         {shared_.runs, runs, factor_, first_panel + share.panel, share.run, share.stages}, ring_);
@@ -386,7 +382,11 @@ cudaError_t launch_few_tokens_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const int room = device.shared_bytes - static_cast<int>(sizeof(UpShared)) - kReservedBytes;
   const int bytes = room / 16 * 16;
   const int warps = warps_for(bytes - kLeastPool, kUpRingWords, kMaxUpWarps);
-  const UpPlan plan = {bytes / 4 - warps * kUpRingWords};
+  const int pool = bytes - warps * kUpRingWords * 4;
+  const auto panels_for = [pool](int columns) {
+    return (pool / columns - kZPlaneBytes) / (kUpColumnStride * 4);
+  };
+  const UpPlan plan = {panels_for(kDigits), panels_for(kColumns)};
   const Grid grid = {dim3(static_cast<unsigned>(device.multiprocessors)), warps * 32,
                      sizeof(UpShared) + static_cast<size_t>(bytes)};
   const bool one_part = WarpRoute::fits(args, device.multiprocessors);

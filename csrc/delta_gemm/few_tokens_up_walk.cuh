@@ -31,12 +31,18 @@ struct UpTiles {
     return int64_t{tiles(layer, entry)} * UpRuns::cost(entry.counts);
   }
   __device__ int tile_at(int layer, const Entry& entry, int part, int parts) const {
-    return tiles(layer, entry) * part / parts;
+    int rest;
+    return divide(tiles(layer, entry) * part, parts, rest);
   }
   __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
     const int each = UpRuns::cost(entry.counts);
     return static_cast<int>((cost + each - 1) / each);
   }
+};
+
+// Warps have shares of equal cost: stages of (panel, run), panels outside.
+struct UpShare {
+  int panel, run, stages;
 };
 
 // A warp's way through its part of (panels of a batch) x (runs of a chunk): where a chunk has all

@@ -29,7 +29,7 @@ constexpr int kKeptEntries = 32;
 
 // What of an entry is a thread block's: tiles begin .. end - 1.
 struct Part {
-  int entry;
+  int entry, layer, group;
   int begin, end;
 };
 
@@ -218,7 +218,8 @@ class WarpRoute {
     const int layer = __shfl_sync(0xffffffffu, layer_, e);
     int at = number + lane;
     if (behind != 0 && !by_tile) at = cut.tile_at(layer, routes.entries[e], at, of);
-    routes.part.entry = e;
+    if (lane == 0) routes.part.entry = e, routes.part.layer = layer;
+    if (lane == 1) routes.part.group = e - layer * groups_;
     if (lane == 0) routes.part.begin = behind != 0 ? at : 0;
     if (lane == 1) routes.part.end = behind != 0 ? at : 0;
   }
@@ -297,10 +298,11 @@ template <typename Tiles>
 __device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Tiles& cut, int e,
                                            const Entry& entry) {
   const int64_t begin = e > 0 ? routes.end[e - 1] : 0;
-  if (routes.end[e] == begin) return {e, 0, 0};
+  if (routes.end[e] == begin) return {};
   const int64_t end = min(routes.share[1], routes.end[e]);
   const int layer = e / routes.groups;
-  return {e, cut.tile_from(layer, entry, max(routes.share[0] - begin, int64_t{0})),
+  return {e, layer, e - layer * routes.groups,
+          cut.tile_from(layer, entry, max(routes.share[0] - begin, int64_t{0})),
           cut.tile_from(layer, entry, end - begin)};
 }
 

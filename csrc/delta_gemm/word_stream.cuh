@@ -17,6 +17,22 @@ namespace adamix {
 constexpr int kNarrowBits = 4;
 constexpr unsigned kWarp = 0xffffffffu;
 
+// a / b and the rest, for 0 <= a < 2^31 and a quotient below 2^20: a fifth of the instructions of
+// the compiler's division.
+__device__ __forceinline__ int divide(int a, int b, int& rest) {
+  int quotient = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
+  rest = a - quotient * b;
+  if (rest < 0) --quotient, rest += b;
+  if (rest >= b) ++quotient, rest -= b;
+  return quotient;
+}
+
+__device__ __forceinline__ int divide_up(int a, int b) {
+  int rest;
+  const int quotient = divide(a, b, rest);
+  return quotient + (rest > 0);
+}
+
 template <typename Body>
 __device__ __forceinline__ void for_width(int bits, Body&& body) {
   switch (bits) {

@@ -12,6 +12,7 @@ namespace {
 constexpr int kDownTiles = 32;  // of a batch: as many as a warp has lanes
 constexpr int kMaxDownWarps = 16;
 constexpr int kDownDepth = 4;
+constexpr int kAtOnce = 4;  // vectors of x on their way to a thread
 constexpr int kDownRingWords = kDownDepth * kDownStageWords;  // a warp
 
 struct DownPlan {
@@ -192,7 +193,6 @@ class Down {
   // --- x
 
   // A group's tokens, and each warp's part of their largest values. A barrier must follow.
-  static constexpr int kAtOnce = 4;  // vectors of a thread on their way
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
     loaded_ = measured_ = false;

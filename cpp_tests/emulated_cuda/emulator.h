@@ -17,7 +17,8 @@
 // barriers and missing waits, not to be fast:
 //
 //   - every thread of a block is a coroutine; blocks run one after the other;
-//   - threads run in a shuffled order, some warps as far ahead of the others as barriers allow;
+//   - threads run in a shuffled order, some warps as far ahead of the others as barriers allow, and
+//     lanes apart from each other;
 //   - all lanes of a warp must meet in the same warp-wide instruction, else the program ends;
 //   - shared memory starts as garbage; asynchronous copies happen as late as the waits allow, and
 //     from their start on garbage is where they will arrive. Those that arrive at an mbarrier

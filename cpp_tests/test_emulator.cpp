@@ -86,6 +86,91 @@ TEST(Emulator, BeforeTheWaitACopyHasNotArrived) {
   EXPECT_EQ(out, std::vector<int>(64, 0x5a5a5a5a));
 }
 
+// Two mbarriers at the front of shared memory, of so many arrivals.
+uint32_t begin_mbarriers(int full, int empty) {
+  const uint32_t barrier = shared_address(shared_numbers());
+  if (threadIdx.x == 0) mbarrier_init(barrier, full), mbarrier_init(barrier + 8, empty);
+  __syncthreads();
+  return barrier;
+}
+
+// One warp copies and stores a number a time, without waiting for its copies; the other adds.
+__global__ void hand_over_kernel(Numbers numbers) {
+  const uint32_t full = begin_mbarriers(64, 32), empty = full + 8;
+  const int lane = threadIdx.x % 32;
+  int* copied = shared_numbers() + 32 + lane;
+  int* stored = shared_numbers() + 64;
+  for (uint32_t turn = 0; turn < 5; ++turn) {
+    if (threadIdx.x < 32) {
+      mbarrier_wait(empty, 1 - turn % 2);  // the first time, at once
+      copy_async_4(shared_address(copied), numbers.in + turn);
+      copies_arrive(full);
+      stored[lane] = 100;
+      mbarrier_arrive(full);
+    } else {
+      mbarrier_wait(full, turn % 2);
+      numbers.out[lane] += *copied + stored[lane ^ 1];
+      mbarrier_arrive(empty);
+    }
+  }
+}
+
+TEST(Emulator, CopiesArriveAtAnMbarrierThoughTheirThreadDoesNotWait) {
+  std::vector<int> in(64), out(64);
+  for (int i = 0; i < 64; ++i) in[i] = i;
+  run(hand_over_kernel, out.data(), in.data());
+  std::vector<int> expected(64);
+  std::fill_n(expected.begin(), 32, 2 * (0 + 1 + 2 + 3 + 4 + 500));
+  EXPECT_EQ(out, expected);
+}
+
+template <bool kWait>
+__global__ void late_copy_kernel(Numbers numbers) {
+  const uint32_t barrier = begin_mbarriers(64, 1);
+  int* copied = shared_numbers() + 32 + threadIdx.x;
+  copy_async_4(shared_address(copied), numbers.in);
+  copies_arrive(barrier);
+  if (kWait) mbarrier_wait(barrier, 0);
+  numbers.out[threadIdx.x] = *copied;
+  mbarrier_wait(barrier, 0);
+}
+
+TEST(Emulator, BeforeItsArrivalACopyHasNotLanded) {
+  std::vector<int> out(64);
+  const int in = 7;
+  run(late_copy_kernel<true>, out.data(), &in);
+  EXPECT_EQ(out, std::vector<int>(64, 7));
+  run(late_copy_kernel<false>, out.data(), &in);
+  EXPECT_EQ(out, std::vector<int>(64, 0x5a5a5a5a));
+}
+
+// Waits for what is written by a thread that waits to be let go on.
+template <uint32_t kParity>
+__global__ void parity_kernel(Numbers numbers) {
+  const uint32_t first = begin_mbarriers(1, 1), second = first + 8;
+  int* number = shared_numbers() + 32;
+  if (threadIdx.x == 0) *number = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_wait(second, 0);
+    *number = 2;
+    mbarrier_arrive(first);
+  } else if (threadIdx.x == 32) {
+    if (kParity == 0) mbarrier_arrive(second);
+    mbarrier_wait(first, kParity);
+    numbers.out[0] = *number;
+    if (kParity == 1) mbarrier_arrive(second);
+  }
+}
+
+TEST(Emulator, AWaitForTheOtherParityEndsAtOnce) {
+  int out = 0;
+  run(parity_kernel<0>, &out, nullptr);
+  EXPECT_EQ(out, 2);
+  run(parity_kernel<1>, &out, nullptr);
+  EXPECT_EQ(out, 1);
+}
+
 __global__ void shared_kernel(Numbers numbers) {
   __shared__ int before;
   if (threadIdx.x == 0) numbers.out[blockIdx.x] = before, before = 1;
@@ -146,6 +231,53 @@ TEST(EmulatorDeathTest, AShuffleWithLanesThatHaveEnded) {
 
 TEST(EmulatorDeathTest, ArrivalsThatNobodyWaitsFor) {
   expect_end([](Numbers) { barrier_arrive(1, 96); }, "ended with arrivals at barrier 1");
+}
+
+TEST(EmulatorDeathTest, AnArrivalThatIsMissing) {
+  expect_end(
+      [](Numbers) {
+        const uint32_t barrier = begin_mbarriers(64, 1);
+        if (threadIdx.x != 5) mbarrier_arrive(barrier);
+        mbarrier_wait(barrier, 0);
+      },
+      "a barrier that not all reach");
+  expect_end(
+      [](Numbers) {
+        const uint32_t barrier = begin_mbarriers(65, 1);
+        copies_arrive(barrier);
+        mbarrier_wait(barrier, 0);
+      },
+      "a barrier that not all reach");
+}
+
+TEST(EmulatorDeathTest, AnMbarrierThatIsNone) {
+  expect_end([](Numbers) { mbarrier_arrive(shared_address(shared_numbers())); }, "not initialised");
+  expect_end([](Numbers) { mbarrier_arrive(begin_mbarriers(1, 1) + 16); }, "not initialised");
+  expect_end(
+      [](Numbers) {
+        const uint32_t barrier = begin_mbarriers(64, 1);
+        shared_numbers()[1] = 0;
+        mbarrier_arrive(barrier);
+      },
+      "written over");
+}
+
+TEST(EmulatorDeathTest, CopiesThatArriveWhereNobodyWaits) {
+  expect_end(
+      [](Numbers numbers) {
+        const uint32_t barrier = begin_mbarriers(64, 1);
+        copy_async_4(shared_address(shared_numbers() + 32 + threadIdx.x), numbers.in);
+        copies_arrive(barrier);
+      },
+      "nobody waited for");
+  expect_end(
+      [](Numbers numbers) {
+        const uint32_t barrier = begin_mbarriers(64, 1);
+        copies_arrive(barrier);
+        copy_async_4(shared_address(shared_numbers() + 32 + threadIdx.x), numbers.in);
+        mbarrier_wait(barrier, 0);
+      },
+      "never committed");
 }
 
 TEST(EmulatorDeathTest, CopiesThatWereNotCommittedOrNotWaitedFor) {

@@ -20,8 +20,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxGridRows = 65535;          // y and z
 constexpr size_t kFreeSharedBytes = 48 * 1024;  // more must be allowed
-constexpr size_t kMaxSharedBytes = 256 * 1024;
-constexpr size_t kGuardBytes = 4096;  // behind what was asked for
+constexpr size_t kGuardBytes = 4096;            // behind what was asked for
 
 alignas(1024) EMULATED_SHARED char dynamic_memory[kMaxSharedBytes + kGuardBytes];
 
@@ -52,10 +51,6 @@ Piece shared_memory() {
 size_t& allowed_bytes(const void* kernel) {
   static std::map<std::pair<const void*, int>, size_t> allowed;
   return allowed[{kernel, device.id()}];
-}
-
-bool is_filled(const char* data, size_t bytes, char with) {
-  return std::all_of(data, data + bytes, [=](char byte) { return byte == with; });
 }
 
 // Kept from block to block: what is not touched costs nothing.
@@ -157,11 +152,12 @@ void Block::run_threads() {
         if (!goes_ahead) break;
       }
     }
+    if (!moved || random() % 8 == 0) moved |= land_some_copies(random);
     if (!moved) fail("no thread of block %u can go on: a barrier that not all reach", blockIdx.x);
   }
 }
 
-// Each lane once, up to where it waits or yields. False if none could.
+// Each lane once, up to where it waits or yields; some stay behind. False if none could.
 bool Block::run_warp(size_t warp, std::mt19937& random) {
   const size_t first = warp * kWarpLanes, start = random() % kWarpLanes;
   const size_t stride = random() % kWarpLanes | 1;  // reaches every lane
@@ -172,12 +168,19 @@ bool Block::run_warp(size_t warp, std::mt19937& random) {
     Thread& thread = threads_[number];
     if (thread.done || thread.waits) continue;
     moved = true;
-    resume(thread);
+    if (random() % 16 != 0) resume(thread);
   }
   return moved;
 }
 
 void Block::check_end() const {
+  for (const Thread& thread : threads_) {
+    const bool landed = std::all_of(thread.groups.begin(), thread.groups.end(),
+                                    [](const auto& group) { return group.empty(); });
+    if (!landed || !thread.open.empty()) {
+      fail("the block ended with copies that nobody waited for");
+    }
+  }
   for (int id = 0; id < kNamedBarriers; ++id) {
     if (named_[id].arrived != 0) fail("the block ended with arrivals at barrier %d", id);
   }
@@ -216,9 +219,13 @@ void Block::wait() {
 void Block::finish() {
   Thread& thread = *running_;
   Warp& warp = warps_[static_cast<size_t>(thread.number / kWarpLanes)];
-  if (!thread.open.empty()) fail("a thread ended with copies that it never committed");
-  for (const auto& group : thread.groups) {
-    if (!group.empty()) fail("a thread ended with copies that it never waited for");
+  thread.groups.erase(std::remove_if(thread.groups.begin(), thread.groups.end(),
+                                     [](const auto& group) { return group.empty(); }),
+                      thread.groups.end());
+  const bool arrives = !thread.open.empty() && thread.open.back().target == nullptr;
+  if (!thread.open.empty() && !arrives) fail("a thread ended with copies that it never committed");
+  if (!thread.groups.empty() && !arrives && thread.groups.back().back().target != nullptr) {
+    fail("a thread ended with copies that it never waited for");
   }
   if (!thread.open_products.empty() || !thread.product_groups.empty()) {
     fail("a thread ended with products that it never waited for");
@@ -277,56 +284,6 @@ void Block::release(Warp& warp) {
   const int first = running_->number / kWarpLanes * kWarpLanes;
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     threads_[static_cast<size_t>(first + lane)].waits = false;
-  }
-}
-
-void Block::copy_later(char* target, const void* source, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(target) % bytes != 0 ||
-      reinterpret_cast<uintptr_t>(source) % bytes != 0) {
-    fail("a copy of %zu bytes between addresses that are not multiples of it", bytes);
-  }
-  const bool dynamic = target >= dynamic_memory && target < std::end(dynamic_memory);
-  if (dynamic && target + bytes > dynamic_memory + dynamic_bytes_) {
-    fail("a copy to an address behind the %zu bytes asked for", dynamic_bytes_);
-  }
-  std::fill_n(target, bytes, kUnderWay);  // what was there is gone from now on
-  running_->open.push_back({target, source, bytes});
-}
-
-void Block::commit_copies() {
-  running_->groups.push_back(std::move(running_->open));
-  running_->open.clear();
-}
-
-void Block::wait_copies(size_t pending) {
-  auto& groups = running_->groups;
-  if (groups.size() > pending) yield();
-  while (groups.size() > pending) {
-    for (const Copy& copy : groups.front()) {
-      if (!is_filled(copy.target, copy.bytes, kUnderWay)) {
-        fail("shared memory was written while a copy to it was under way");
-      }
-      std::memcpy(copy.target, copy.source, copy.bytes);
-    }
-    groups.erase(groups.begin());
-  }
-}
-
-void Block::product_later(std::function<void()> product) {
-  running_->open_products.push_back(std::move(product));
-}
-
-void Block::commit_products() {
-  running_->product_groups.push_back(std::move(running_->open_products));
-  running_->open_products.clear();
-}
-
-void Block::wait_products(size_t pending) {
-  auto& groups = running_->product_groups;
-  if (groups.size() > pending) yield();
-  while (groups.size() > pending) {
-    for (const auto& product : groups.front()) product();
-    groups.erase(groups.begin());
   }
 }
 

@@ -2,8 +2,10 @@
 
 #include <setjmp.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <utility>
@@ -15,10 +17,12 @@
 // barriers and missing waits, not to be fast:
 //
 //   - every thread of a block is a coroutine; blocks run one after the other;
-//   - threads run in a shuffled order, some warps as far ahead of the others as barriers allow;
+//   - threads run in a shuffled order, some warps as far ahead of the others as barriers allow, and
+//     lanes apart from each other;
 //   - all lanes of a warp must meet in the same warp-wide instruction, else the program ends;
 //   - shared memory starts as garbage; asynchronous copies happen as late as the waits allow, and
-//     from their start on garbage is where they will arrive.
+//     from their start on garbage is where they will arrive. Those that arrive at an mbarrier
+//     happen some time, mostly when nothing else can.
 namespace emulator {
 
 struct Index3 {
@@ -43,9 +47,16 @@ constexpr int kNamedBarriers = 16;
 #define EMULATED_SHARED static thread_local
 constexpr char kGarbage = static_cast<char>(0xa5);
 constexpr char kUnderWay = 0x5a;  // where a copy will arrive
+constexpr char kBarrier = 0x6b;   // what an mbarrier looks like
+
+constexpr size_t kMaxSharedBytes = 256 * 1024;
 
 uint32_t shared_address(const void* pointer);
 char* shared_pointer(uint32_t address, size_t bytes);
+
+inline bool is_filled(const char* data, size_t bytes, char with) {
+  return std::all_of(data, data + bytes, [=](char byte) { return byte == with; });
+}
 
 // What a kernel has been allowed by cudaFuncSetAttribute, and whether a launch is one that a device
 // would take.
@@ -69,6 +80,12 @@ class Block {
 
   // One of 16 barriers of `threads` arrivals; who does not wait goes on at once.
   void named_barrier(int id, int threads, bool waits);
+
+  // Barriers in shared memory.
+  void mbarrier_init(uint32_t address, int count);
+  void mbarrier_arrive(uint32_t address);
+  void mbarrier_wait(uint32_t address, uint32_t parity);
+  void copies_arrive(uint32_t address);
 
   // All lanes of this thread's warp hand in `in`; the last to come calls combine(ins, outs), with
   // an entry a lane, then all go on with their out.
@@ -107,9 +124,10 @@ class Block {
   using Products = std::vector<std::function<void()>>;
 
   struct Copy {
-    char* target;
+    char* target;  // null: an arrival, for all copies before
     const void* source;
     size_t bytes;
+    uint32_t barrier = 0;
   };
   struct Thread {
     jmp_buf place;  // where it goes on, once it has started
@@ -137,12 +155,23 @@ class Block {
     std::vector<Thread*> waiting;
   };
 
+  struct MBarrier {
+    int count = 0;
+    int missing = 0;
+    uint32_t parity = 0;  // of the phase under way
+    std::vector<Thread*> waiting;
+  };
+
   Warp& meet(const char* what, const void* in, void* out);
   void add_thread(int number, Index3 size);
   void release(Warp& warp);
   void run_threads();
   bool run_warp(size_t warp, std::mt19937& random);
   void check_end() const;
+  MBarrier& mbarrier(uint32_t address);
+  void perform(const Copy& copy);
+  bool land_copies(Thread& thread);
+  bool land_some_copies(std::mt19937& random);
   void resume(Thread& thread);
   void yield();
   void wait();
@@ -154,6 +183,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Named named_[kNamedBarriers];
+  std::map<uint32_t, MBarrier> mbarriers_;
   size_t dynamic_bytes_ = 0;
   jmp_buf scheduler_;
   Thread* running_ = nullptr;

@@ -158,7 +158,44 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Ordinary writes to shared memory before it are seen by wgmma behind the next barrier.
+// Barriers in 8 bytes of shared memory: a phase ends with its count-th arrival, and the next one
+// begins. Phases have parities 0, 1, 0 ..; arrivals release, waits acquire. What is initialised is
+// seen by others behind __syncthreads.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier)
+               : "memory");
+}
+
+// Arrives, once, when all of the thread's copies so far are there; the thread goes on at once. That
+// is said of copies alone: ordinary writes need an arrival of their own.
+__device__ __forceinline__ void copies_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Until the phase of this parity has ended: at once if the phase under way has the other one. So
+// the phase before the first has ended, with parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred ended; again: mbarrier.try_wait.parity.shared.b64 ended, [%0], %1; "
+      "@!ended bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#else
+  asm volatile(
+      "{.reg .pred ended; again: mbarrier.test_wait.parity.shared.b64 ended, [%0], %1; "
+      "@!ended bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Ordinary writes to shared memory before it are seen by wgmma behind the next barrier; behind a
+// barrier, those before the barrier by wgmma from here on.
 __device__ __forceinline__ void fence_shared_for_wgmma() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

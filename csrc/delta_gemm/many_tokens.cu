@@ -126,7 +126,7 @@ __device__ void wait_for_sort() {
 }
 
 template <typename T>
-__device__ void produce_down(const ManyTokensArgs& args, int group) {
+__device__ void produce_down(const ManyTokensArgs& args, const Stages& stages, int group) {
   const DeltaGemmCudaArgs& call = args.call;
   const int64_t bytes = call.x_row_stride * 2;
   const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0 && bytes % 16 == 0 &&
@@ -137,16 +137,15 @@ __device__ void produce_down(const ManyTokensArgs& args, int group) {
                    args.sorted.order,
                    call.tokens,
                    aligned};
-  Producer<T, false> producer(Stages(args.shared_bytes), group);
+  Producer<T, false> producer(stages, group);
   wait_for_sort();
   for_products<false>(args, [&](const Product& product) { producer.run(product, x); });
   producer.finish();
 }
 
 template <typename T>
-__device__ void consume_down(const ManyTokensArgs& args, int group) {
+__device__ void consume_down(const ManyTokensArgs& args, const Stages& stages, int group) {
   using Down = Consumer<T, false>;
-  const Stages stages(args.shared_bytes);
   wait_for_sort();
   Down(stages, group).run([&](const Task& task) {
     const int64_t at = args.row_of_part(task.layer, task.first_token) + task.first_row;
@@ -164,16 +163,23 @@ __device__ void consume_down(const ManyTokensArgs& args, int group) {
   });
 }
 
+// The same in all lanes, and by the shuffle the compiler knows it.
+__device__ int group_of_warp() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kGroupThreads), 0);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     down_kernel(const __grid_constant__ ManyTokensArgs args) {
-  const int group = threadIdx.x / kGroupThreads;
+  const Stages stages(args.shared_bytes);
+  stages.begin();
+  const int group = group_of_warp();
   if (group < kProducers) {
     give_registers<kProducerRegisters>();
-    produce_down<T>(args, group);
+    produce_down<T>(args, stages, group);
   } else {
     take_registers<kConsumerRegisters>();
-    consume_down<T>(args, group - kProducers);
+    consume_down<T>(args, stages, group - kProducers);
   }
 }
 
@@ -224,8 +230,8 @@ __global__ void __launch_bounds__(kJoinThreads)
   wait_for_previous_kernel();
 }
 
-__device__ void produce_up(const ManyTokensArgs& args, int group) {
-  Producer<__nv_bfloat16, true> producer(Stages(args.shared_bytes), group);
+__device__ void produce_up(const ManyTokensArgs& args, const Stages& stages, int group) {
+  Producer<__nv_bfloat16, true> producer(stages, group);
   for_products<true>(args, [&](const Product& product) {
     const auto* z = reinterpret_cast<const char*>(args.tile_of_z(product.layer, 0, 0));
     producer.run(product, {z, args.z_step() * 2});
@@ -234,9 +240,9 @@ __device__ void produce_up(const ManyTokensArgs& args, int group) {
 }
 
 template <typename T>
-__device__ void consume_up(const ManyTokensArgs& args, int group) {
+__device__ void consume_up(const ManyTokensArgs& args, const Stages& stages, int group) {
   using Up = Consumer<__nv_bfloat16, true>;
-  Up(Stages(args.shared_bytes), group).run([&](const Task& task) {
+  Up(stages, group).run([&](const Task& task) {
     return AddToY<T, typename Up::Sums>{args.call.layers[task.layer],
                                         args.sorted.order + task.first_token,
                                         args.call.tokens,
@@ -250,13 +256,15 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     up_kernel(const __grid_constant__ ManyTokensArgs args) {
   let_next_kernel_start();
-  const int group = threadIdx.x / kGroupThreads;
+  const Stages stages(args.shared_bytes);
+  stages.begin();
+  const int group = group_of_warp();
   if (group < kProducers) {
     give_registers<kProducerRegisters>();
-    produce_up(args, group);
+    produce_up(args, stages, group);
   } else {
     take_registers<kConsumerRegisters>();
-    consume_up<T>(args, group - kProducers);
+    consume_up<T>(args, stages, group - kProducers);
   }
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
 #include "common/cuda_instructions.cuh"
+#include "delta_gemm/many_tokens_stages.cuh"
 #include "delta_gemm/many_tokens_weights.cuh"
-#include "delta_gemm/sort_tokens.cuh"
 #include "delta_gemm/tile_product.cuh"
 
 // The two kinds of warps of down and up (many_tokens.cu):
@@ -13,74 +13,9 @@
 //   consumers   two groups of 4 warps, half of the tokens each: multiply stages as they come, then
 //               write
 //
-//   shared memory   | stage 0 | stage 1 | .. | a task for each | scales, notes of the groups |
-//   stage           | tile of 256 (128) tokens | tile of 128 components or outputs |
-//
 // Tiles: tile_product.cuh. 256 tokens on Hopper, where a level that was decoded serves more of
-// them. A stage goes to and fro between producers and consumers by two named barriers, full and
-// empty.
+// them. Stages, and how they go to and fro: many_tokens_stages.cuh.
 namespace adamix {
-
-constexpr int kTileRows = 128;  // components or outputs
-constexpr int kGroupThreads = 128;
-constexpr int kProducers = 2, kConsumers = 2;  // groups
-constexpr int kThreads = (kProducers + kConsumers) * kGroupThreads;
-static_assert(kTileTokens == kConsumers * kProductTokens, "each consumer group has its tokens");
-
-constexpr int kMaxStages = 6;  // a multiple of kProducers, so that a stage always has the same
-constexpr int kStageBytes = (kTileTokens + kTileRows) * kLineBytes;
-constexpr int kFullThreads = (1 + kConsumers) * kGroupThreads;  // at full and empty barriers
-
-// Named barriers; none is left for __syncthreads.
-constexpr int kFirstConsumerBarrier = 0;
-constexpr int kFirstProducerBarrier = kFirstConsumerBarrier + kConsumers;
-constexpr int kFirstFull = kFirstProducerBarrier + kProducers;
-static_assert(kFirstFull + 2 * kMaxStages <= 16, "there are no more");
-
-constexpr int kLineStride = kGroupThreads / kLineChunks;  // lines whose chunks lie alike
-constexpr int kThreadLines = kTileTokens / kLineStride;   // of which a producer thread has a chunk
-
-// What a group of producers notes of a product.
-struct alignas(16) Notes {
-  uint32_t rows[kLineStride][kThreadLines];  // of x for the lines of a tile, see XTiles
-  Counts counts;
-  uint32_t m;  // see Weights
-};
-
-// What consumers must know of a product: in the first stage of it.
-struct Task {
-  int64_t scale_offset;
-  int steps;  // 0: there are no more products
-  int first_row, rank;
-  int first_token, tokens;
-  int layer, part;
-};
-
-struct BehindStages {
-  Task tasks[kMaxStages];
-  float scales[kConsumers][kTileRows];
-  Notes notes[kProducers];
-};
-
-struct Stages {
-  int count;
-  uint32_t address;  // shared
-
-  // In so many bytes.
-  __device__ explicit Stages(int bytes) : address(shared_address(dynamic_shared())) {
-    const int most = (bytes - static_cast<int>(sizeof(BehindStages))) / kStageBytes;
-    count = min(most / kProducers * kProducers, kMaxStages);
-  }
-
-  __device__ uint32_t tokens(int stage) const { return address + stage * kStageBytes; }
-  __device__ uint32_t weights(int stage) const { return tokens(stage) + kTileTokens * kLineBytes; }
-  __device__ int full(int stage) const { return kFirstFull + stage; }
-  __device__ int empty(int stage) const { return kFirstFull + kMaxStages + stage; }
-  __device__ BehindStages& behind() const {
-    char* shared = static_cast<char*>(dynamic_shared());
-    return *reinterpret_cast<BehindStages*>(shared + count * kStageBytes);
-  }
-};
 
 // A producer thread has one chunk of every 16th line of a tile of tokens. A line without a token is
 // left as it is: nobody reads what becomes of it.
@@ -245,27 +180,26 @@ class Producer {
       take_stage();
       if (step == product.first_step) note_task(product);
       tokens_.copy(source, stages_.tokens(stage_));
-      commit_copies();
+      copies_arrive(stages_.full(stage_));
       weights_.store(stages_.weights(stage_));
       const bool more = step + kProducers < product.last_step;
-      if (more) weights_.aim(product, notes_.counts, step + kProducers);  // while copies arrive
+      if (more) weights_.aim(product, notes_.counts, step + kProducers);
       give_stage();
       if (more) weights_.load();
     }
   }
 
-  // At the end: a stage that says so, and every barrier is met by all.
+  // At the end: a stage that says so.
   __device__ void finish() {
     wait_for_previous_kernel();
     if (steps_ % kProducers == group_) {
       take_stage();
       note_task(Product{});
+      copies_arrive(stages_.full(stage_));
       give_stage();
     }
-    const int used = all_used_ ? stages_.count : stage_;
-    for (int stage = group_; stage < used; stage += kProducers) {
-      barrier_sync(stages_.empty(stage), kFullThreads);
-    }
+    commit_copies();
+    wait_copies<0>();  // no thread ends while they are under way
   }
 
  private:
@@ -284,16 +218,14 @@ class Producer {
   }
 
   // Waits until the next stage may be filled.
-  __device__ void take_stage() {
-    if (all_used_) barrier_sync(stages_.empty(stage_), kFullThreads);
-  }
+  __device__ void take_stage() { mbarrier_wait(stages_.empty(stage_), parity_); }
 
+  // Copies may still be under way.
   __device__ void give_stage() {
-    wait_copies<0>();
     fence_shared_for_wgmma();
-    barrier_arrive(stages_.full(stage_), kFullThreads);
+    arrive_for_warp(stages_.full(stage_));
     stage_ += kProducers;
-    if (stage_ >= stages_.count) stage_ = group_, all_used_ = true;
+    if (stage_ >= stages_.count) stage_ -= stages_.count, parity_ ^= 1;
   }
 
   __device__ void note_task(const Product& product) {
@@ -309,9 +241,9 @@ class Producer {
   Notes& notes_;
   Weights<T, kUp> weights_;
   Tokens tokens_;
-  int steps_ = 0;          // of all products so far
-  int stage_;              // the next one
-  bool all_used_ = false;  // whether it has been filled before
+  int steps_ = 0;        // of all products so far
+  int stage_;            // the next one
+  uint32_t parity_ = 1;  // of the phase that ends when it is empty: so it is at first
 };
 
 template <typename T, bool kUp>
@@ -326,8 +258,8 @@ class Consumer {
   template <typename ResultOf>
   __device__ void run(ResultOf result_of) {
     for (;;) {
-      barrier_sync(stages_.full(stage_), kFullThreads);
-      const Task task = stages_.behind().tasks[stage_];
+      wait_for_stage();
+      const Task task = read_task();
       if (group_ * kProductTokens < task.tokens) {
         multiply(task.steps, result_of(task));
       } else {
@@ -346,36 +278,55 @@ class Consumer {
     for (int step = 1; step < steps; ++step) {
       const int before = stage_;  // may still be read
       next_stage();
-      barrier_sync(stages_.full(stage_), kFullThreads);
+      wait_for_stage();
       start<false>(sums);
       sums.template wait<1>();
-      barrier_arrive(stages_.empty(before), kFullThreads);
+      arrive_for_warp(stages_.empty(before));
     }
     sums.template wait<0>();
-    barrier_arrive(stages_.empty(stage_), kFullThreads);
+    arrive_for_warp(stages_.empty(stage_));
     next_stage();
     result.store(sums);
   }
 
   template <bool kFirst>
   __device__ void start(Sums& sums) const {
+    fence_shared_for_wgmma();
     sums.template start<kFirst>(stages_.tokens(stage_) + group_ * kProductTokens * kLineBytes,
                                 stages_.weights(stage_));
   }
 
   __device__ void pass(int steps) {
+#pragma unroll 1
     for (int step = 0; step < max(steps, 1); ++step) {
-      if (step > 0) barrier_sync(stages_.full(stage_), kFullThreads);
-      barrier_arrive(stages_.empty(stage_), kFullThreads);
+      if (step > 0) wait_for_stage();
+      arrive_for_warp(stages_.empty(stage_));
       next_stage();
     }
   }
 
-  __device__ void next_stage() { stage_ = stage_ + 1 == stages_.count ? 0 : stage_ + 1; }
+  __device__ void wait_for_stage() const { mbarrier_wait(stages_.full(stage_), parity_); }
+
+  __device__ void next_stage() {
+    if (++stage_ == stages_.count) stage_ = 0, parity_ ^= 1;
+  }
+
+  // Read by lane 0, which will arrive.
+  __device__ Task read_task() const {
+    Task task = {};
+    if (threadIdx.x % 32 == 0) task = stages_.behind().tasks[stage_];
+    const auto share = [](auto& number) { number = __shfl_sync(0xffffffffu, number, 0); };
+    share(task.scale_offset), share(task.steps);
+    share(task.first_row), share(task.rank);
+    share(task.first_token), share(task.tokens);
+    share(task.layer), share(task.part);
+    return task;
+  }
 
   const Stages stages_;
   const int group_;
   int stage_ = 0;
+  uint32_t parity_ = 0;  // of the phase that ends when it is full
 };
 
 }  // namespace adamix

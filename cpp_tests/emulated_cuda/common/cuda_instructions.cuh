@@ -200,6 +200,18 @@ inline void barrier_sync(int id, int threads) {
 inline void barrier_arrive(int id, int threads) {
   emulator::Block::current().named_barrier(id, threads, false);
 }
+inline void mbarrier_init(uint32_t barrier, int count) {
+  emulator::Block::current().mbarrier_init(barrier, count);
+}
+inline void mbarrier_arrive(uint32_t barrier) {
+  emulator::Block::current().mbarrier_arrive(barrier);
+}
+inline void copies_arrive(uint32_t barrier) {
+  emulator::Block::current().copies_arrive(barrier);
+}
+inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  emulator::Block::current().mbarrier_wait(barrier, parity);
+}
 inline void fence_shared_for_wgmma() {}
 
 inline void* dynamic_shared() {

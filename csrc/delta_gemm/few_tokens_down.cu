@@ -54,16 +54,17 @@ class Down {
 
   __device__ void run() {
     const DownTiles cut = {panels_};
-    // x does not wait for the route of a token alone: it is of this token or of none.
-    if (kOnePart && args_.tokens == 1) {
+    if constexpr (kOnePart) {
       WarpRoute route;
       const bool routes = threadIdx.x < 32;
       if (routes) route.read_slots(args_);
       if (routes) route.read_entries(args_, shared_.routes);
-      begin_x(Tokens{0, -1});
+      if (args_.tokens == 1) {  // x does not wait for its route: it is of this token or of none
+        begin_x(Tokens{0, -1});
+        measured_ = true;  // behind the barrier
+      }
       __syncwarp();
       if (routes) route.take_part(shared_.routes, cut);
-      measured_ = true;
     } else {
       find_route<kOnePart>(args_, shared_.routes, cut);
     }
@@ -142,7 +143,7 @@ class Down {
     const bool known = !measured_, loads = !loaded_;
     if (known) __syncthreads();
     measured_ = true;
-    if (loads) load_x(first_panel, last_panel);
+    if (loads) load_x(first_panel, last_panel, known ? 0 : busy_threads());
     if (!known) __syncthreads();
     if (first_panel == 0) fetch_scales(tiles);
     const DownShare share = shared_.shares[threadIdx.x / 32];
@@ -196,18 +197,16 @@ class Down {
   __device__ void begin_x(const Tokens& tokens) {
     tokens_ = tokens;
     loaded_ = measured_ = false;
-    // The first warp has other work meanwhile, if there are others.
-    const int others = static_cast<int>(blockDim.x) - 32, measurers = others > 0 ? others : 32;
-    const int measuring = static_cast<int>(threadIdx.x) - (others > 0 ? 32 : 0);
+    const int busy = busy_threads(), mine = static_cast<int>(threadIdx.x) - busy;
     chunk_panels_ = tokens.id[1] < 0 ? plan_.panels_of_one : plan_.panels_of_two;
-    const int in = static_cast<int>(args_.in), step = measurers * 8;
+    const int in = static_cast<int>(args_.in), step = (static_cast<int>(blockDim.x) - busy) * 8;
     const bool vector = vector_x() && in % 8 == 0;
 #pragma unroll 1
     for (int i = 0; i < kGroupTokens; ++i) {
       if (tokens_.of(i) < 0) continue;
       uint32_t largest = 0;
 #pragma unroll 1
-      for (int k = measuring * 8; measuring >= 0 && k < in; k += kAtOnce * step) {
+      for (int k = mine < 0 ? in : mine * 8; k < in; k += kAtOnce * step) {
         Eight<T> eights[kAtOnce] = {};
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
@@ -222,9 +221,12 @@ class Down {
     }
   }
 
+  // The first warp has other work while x is prepared, if there are others.
+  __device__ static int busy_threads() { return blockDim.x > 32 ? 32 : 0; }
+
   // The digits of the group's tokens, panels [first, last), in the byte order of fields; zeros
-  // behind the last input. A barrier must follow.
-  __device__ void load_x(int first_panel, int last_panel) {
+  // behind the last input; by all but the first `busy` threads. A barrier must follow.
+  __device__ void load_x(int first_panel, int last_panel, int busy) {
     loaded_ = last_panel - first_panel == panels_;
     const int plane_words = x_plane_bytes(chunk_panels_) / 4;
     const int eights = (last_panel - first_panel) * kPanelCodes / 8;
@@ -235,7 +237,8 @@ class Down {
       if (threadIdx.x == 0) shared_.units[i] = unit;
       auto* planes = reinterpret_cast<uint32_t*>(x_planes_) + i * kDigits * plane_words;
       int64_t sum = 0;
-      for (int at = threadIdx.x; at < eights; at += blockDim.x) {
+      const int mine = static_cast<int>(threadIdx.x) - busy, step = blockDim.x - busy;
+      for (int at = mine < 0 ? eights : mine; at < eights; at += step) {
         Eight<T> eight;
         eight.load(x_row(i), int64_t{first_panel} * kPanelCodes + at * 8, args_.in, vector_x());
         sum += store_digits(eight, unit, planes + at * 2, plane_words);

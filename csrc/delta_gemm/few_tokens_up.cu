@@ -73,21 +73,21 @@ class Up {
         positions() <= kUpPositions ? runs : UpRuns::end_until(entry_->counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
     alone_ = last_panel - first_panel == 1 && first_end == runs && blockDim.x >= kPanelCodes;
+    int begin = 0;  // of the chunk in z
     for (int first = 0, last = first_end; first < runs;) {
-      if (!have_z_ || first_end < runs) list_runs(first, last);
+      if (!have_z_ || first_end < runs) list_runs(first, last, begin);
       __syncthreads();
       run_chunk(first_panel, last_panel, first, last);
       first = last;
       if (first < runs) {
-        const int begin = UpRuns::at(entry_->counts, first).position;
+        begin = UpRuns::at(entry_->counts, first).position;
         last = UpRuns::end_until(entry_->counts, begin + kUpPositions);
       }
     }
     add_to_y(first_panel, last_panel);
   }
 
-  __device__ void list_runs(int first_run, int last_run) {
-    const int begin = UpRuns::at(entry_->counts, first_run).position;
+  __device__ void list_runs(int first_run, int last_run, int begin) {
     for (int i = threadIdx.x; i < last_run - first_run; i += blockDim.x) {
       Run run = UpRuns::at(entry_->counts, first_run + i);
       run.set_shape(run.bits(), run.lanes(), min(run.same(), last_run - first_run - i));

@@ -7,28 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "delta_gemm/delta_gemm_cuda.h"
-
 // Elements of x and y, whatever their type.
 namespace adamix {
-
-__device__ __forceinline__ float load_element(const void* data, int64_t i, Element element) {
-  switch (element) {
-    case Element::kHalf: return __half2float(static_cast<const __half*>(data)[i]);
-    case Element::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
-  }
-}
-
-__device__ __forceinline__ void store_element(void* data, int64_t i, Element element, float value) {
-  switch (element) {
-    case Element::kHalf: static_cast<__half*>(data)[i] = __float2half_rn(value); return;
-    case Element::kBFloat16:
-      static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(value);
-      return;
-    default: static_cast<float*>(data)[i] = value;
-  }
-}
 
 template <typename T>
 __device__ __forceinline__ uint32_t bits_of(T value) {
@@ -73,16 +53,6 @@ __device__ __forceinline__ uint32_t round_pair(float first, float second) {
     return bits_of(__float2half_rn(first)) | bits_of(__float2half_rn(second)) << 16;
   } else {
     return bits_of(__float2bfloat16_rn(first)) | bits_of(__float2bfloat16_rn(second)) << 16;
-  }
-}
-
-// body(T{}) with the type that `element` names.
-template <typename Body>
-__device__ __forceinline__ void with_element(Element element, Body&& body) {
-  switch (element) {
-    case Element::kHalf: body(__half{}); break;
-    case Element::kBFloat16: body(__nv_bfloat16{}); break;
-    default: body(float{});
   }
 }
 

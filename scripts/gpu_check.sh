@@ -34,7 +34,8 @@ step() {
 
 {
   date -u +%Y-%m-%d
-  git rev-parse --short HEAD 2>/dev/null || echo "${ADAMIX_COMMIT:-no commit}"
+  # As benchmarks/rows.py: a copy of the files may have an older HEAD.
+  echo "${ADAMIX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo no commit)}"
   echo "$gpu"
 } >"$logs/summary.txt"
 
@@ -44,7 +45,7 @@ done
 step operators 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_bitpack.py \
   python_tests/test_gptq.py python_tests/test_delta_gemm.py \
   python_tests/test_delta_gemm_overloads.py python_tests/test_ops_contract.py
-# Slow, so all of them side by side; SANITIZER_FILTER picks tests.
+# Slow, so all of them side by side; SANITIZER_FILTER picks tests, SANITIZER_SECONDS limits each.
 for tool in memcheck racecheck; do
   for test in "$build"/test_*_cuda; do
     step "$tool.$(basename "$test")" "${SANITIZER_SECONDS:-400}" compute-sanitizer --tool "$tool" \

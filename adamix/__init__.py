@@ -12,20 +12,25 @@ from adamix.errors import AdamixError
 from adamix.version import __version__
 
 if TYPE_CHECKING:
+    from adamix.api import attach
     from adamix.artifacts import ModelDelta, PackedDelta
     from adamix.compression.error import relative_error
     from adamix.evaluation import Evaluation, evaluate
     from adamix.inspection import Inspection, inspect
     from adamix.merging import MergeSummary, load, merge
     from adamix.pipeline import Summary, compress, compress_matrix
+    from adamix.serving.bank import BankMetrics, DeltaBank
 
 _HOME = {
+    "BankMetrics": "serving.bank",
+    "DeltaBank": "serving.bank",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "MergeSummary": "merging",
     "ModelDelta": "artifacts",
     "PackedDelta": "artifacts",
     "Summary": "pipeline",
+    "attach": "api",
     "compress": "pipeline",
     "compress_matrix": "pipeline",
     "evaluate": "evaluation",
@@ -37,7 +42,9 @@ _HOME = {
 
 __all__ = [
     "AdamixError",
+    "BankMetrics",
     "Config",
+    "DeltaBank",
     "Evaluation",
     "Inspection",
     "MergeSummary",
@@ -45,6 +52,7 @@ __all__ = [
     "PackedDelta",
     "Summary",
     "__version__",
+    "attach",
     "compress",
     "compress_matrix",
     "evaluate",

@@ -33,6 +33,10 @@ class FingerprintError(AdamixError):
     """A base that is not the one the delta was made from."""
 
 
+class BankError(AdamixError):
+    """A bank that does not know a fine-tune, cannot hold it, or cannot route it."""
+
+
 class OutputError(AdamixError):
     """An output folder that exists, or cannot be written."""
 

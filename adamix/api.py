@@ -1,0 +1,184 @@
+"""attach: many fine-tunes on one model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adamix.artifacts import ModelDelta
+from adamix.errors import BankError, CheckpointError, FingerprintError
+from adamix.serving.bank import DeltaBank, Memory
+from adamix.serving.image import MatrixPlace, Places, ValuesPlace
+from adamix.serving.modules import (
+    SITE,
+    Group,
+    MatrixSite,
+    RoutedEmbedding,
+    RoutedLinear,
+    ValuesSite,
+    can_differ_by_row,
+    install,
+    mixin_for_values,
+    uninstall,
+)
+from adamix.serving.routing import Routing
+from adamix.serving.sites import Plan, find_sites
+from adamix.source.checkpoints import Checkpoint, fingerprint_of
+from adamix.storage.file import read_delta
+
+SLOTS = 8
+LEAST_RATIO = 15  # room for deltas of 1/16 and what aligning and tables add
+LEAST_BITS = 2  # a component's, both factors: what bounds how many 1 bit a weight can pay for
+MOST_SLOTS = 1024
+VERIFY = {"sampled": "sampled", "full": "sha256", None: None}
+
+
+def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | None = None,
+           max_rank: int | None = None, host_bytes: int | None = None,
+           base: str | Path | None = None, verify: str | None = "sampled") -> DeltaBank:
+    """Let every row of a model's batches be answered by a fine-tune of its own.
+
+    Linear layers, embeddings and norms stay where they are and add to the base's output what the
+    row's fine-tune changes (README, Serving). All memory that this takes on the device is
+    allocated here.
+
+    Args:
+        model: a transformers model, or another of linear layers, embeddings and norms, loaded on
+            one device in fp32, bf16 or fp16; for inference.
+        slots: fine-tunes on the device at a time, at most. Default: 8, or as many as
+            `capacity_bytes` can hold at 1/32 of the model each.
+        capacity_bytes: for their words. Default: 1/15 of the 16-bit model a slot.
+        max_rank: most components of a matrix. Default, for each matrix: as many as 1 bit a weight
+            pays for at 2 bits.
+        host_bytes: what the host may hold of the fine-tunes that were read; default: all of them.
+        base: the checkpoint that the model was loaded from; default: what the model says.
+        verify: "sampled" compares 64 KiB of each of the base's tensors with what each delta was
+            made from, "full" every byte, None nothing.
+
+    Raises:
+        BankError: the model is attached already, lies on several devices, has no place for a
+            delta, or nobody can tell what it was loaded from.
+        ValueError: an argument out of its range.
+    """
+    _check_arguments(slots, capacity_bytes, max_rank, verify)
+    if any(SITE in module.__dict__ for module in model.modules()):
+        raise BankError("the model has a bank already: detach it first")
+    fingerprint = _fingerprint(model, base, verify)
+    plan = find_sites(model)
+    if not plan.matrices:
+        raise BankError(f"{type(model).__name__} has no linear layer: deltas have no place in it")
+    device = plan.matrices[0].modules[0].weight.device
+    places = _places(plan, max_rank)
+    model_bytes = sum(2 * out * n for out, n in (place.shape for place in places.matrices.values()))
+    if slots is None and capacity_bytes is not None:
+        slots = min(max(32 * capacity_bytes // model_bytes, 1), MOST_SLOTS)
+    slots = slots or SLOTS
+    capacity_bytes = capacity_bytes or slots * -(-model_bytes // LEAST_RATIO)
+    routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
+    installed = _install(plan, places, routing, memory)
+
+    def read(folder: Path) -> ModelDelta:
+        return read_delta(folder)
+
+    def check(delta: ModelDelta, name: str) -> None:
+        if verify is not None and fingerprint() != delta.manifest.fingerprint[VERIFY[verify]]:
+            raise FingerprintError(
+                f"{name} was made from another base: its tensors hash to "
+                f"{delta.manifest.fingerprint[VERIFY[verify]][:16]}…, this model's to "
+                f"{fingerprint()[:16]}…")
+
+    def detach() -> None:
+        while installed:
+            uninstall(installed.pop())
+
+    return DeltaBank(places, routing, memory, slots=slots, host_bytes=host_bytes, read=read,
+                     check=check, detach=detach)
+
+
+def _check_arguments(slots: int | None, capacity_bytes: int | None, max_rank: int | None,
+                     verify: str | None) -> None:
+    for name, value in (("slots", slots), ("capacity_bytes", capacity_bytes),
+                        ("max_rank", max_rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if verify not in VERIFY:
+        raise ValueError(f"verify must be one of {list(VERIFY)}, got {verify!r}")
+
+
+def _fingerprint(model: nn.Module, base: str | Path | None, verify: str | None
+                 ) -> Callable[[], str]:
+    """The fingerprint of the checkpoint that the model came from, computed when first asked for."""
+    source = base or getattr(model, "name_or_path", "")
+    if verify is None:
+        return lambda: ""
+    try:
+        checkpoint = Checkpoint(source)
+    except CheckpointError as error:
+        raise BankError(f"what the model was loaded from cannot be read, so no delta can be "
+                        f"compared with it ({error}): pass base=FOLDER, or verify=None") from error
+    return cache(lambda: fingerprint_of(checkpoint, full=verify == "full")[VERIFY[verify]])
+
+
+def _places(plan: Plan, max_rank: int | None) -> Places:
+    matrices = {matrix.name: MatrixPlace(i, matrix.shape, _max_rank(matrix.shape, max_rank))
+                for i, matrix in enumerate(plan.matrices)}
+    values: dict[str, ValuesPlace] = {}
+    columns: dict[torch.dtype, int] = {}
+
+    def add(name: str, parameter: Tensor, dtype: torch.dtype, is_bias: bool) -> None:
+        begin = columns.get(dtype, 0)
+        columns[dtype] = end = begin + parameter.numel()
+        values[name] = ValuesPlace(begin, end, dtype, parameter.detach().float().cpu(), is_bias)
+
+    for module_name, module in plan.values.items():
+        if not can_differ_by_row(module):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            add(f"{module_name}.{name}", parameter, parameter.dtype, is_bias=False)
+    for matrix in plan.matrices:
+        for module in matrix.modules:
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                name = f"{matrix.name.removesuffix('weight')}bias"
+                add(name, bias, torch.float32, is_bias=True)
+    return Places(matrices, values, columns)
+
+
+def _max_rank(shape: tuple[int, int], limit: int | None) -> int:
+    out, n = shape
+    least = out * n // ((out + n) * LEAST_BITS + 32)
+    return min(max(limit if limit is not None else least, 1), out, n)
+
+
+def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> list[nn.Module]:
+    """Give every layer its site; the layers, in order."""
+    sites: dict[nn.Module, MatrixSite] = {}
+    for matrix in plan.matrices:
+        place = places.matrices[matrix.name]
+        bias = places.values.get(f"{matrix.name.removesuffix('weight')}bias")
+        for module in matrix.modules:
+            sites[module] = MatrixSite(
+                module, place.shape, memory.arena.words, memory.tables[place.index],
+                place.max_rank, routing, memory.columns(bias) if bias else None,
+                plan.token_dims.get(module, 1), plan.scales.get(module, 1.0))
+            if isinstance(module, nn.Embedding):
+                install(module, RoutedEmbedding, sites[module])
+    for members in plan.groups:
+        group = Group([sites[module] for module in members])
+        for index, module in enumerate(members):
+            install(module, RoutedLinear, (group, index))
+    installed = list(sites)
+    for module_name, module in plan.values.items():
+        own = {name: places.values[f"{module_name}.{name}"]
+               for name, _ in module.named_parameters(recurse=False)
+               if f"{module_name}.{name}" in places.values}
+        if own:
+            values = {name: memory.columns(place) for name, place in own.items()}
+            site = ValuesSite(module, values, routing, plan.token_dims.get(module, 1))
+            install(module, mixin_for_values(module), site)
+            installed.append(module)
+    return installed

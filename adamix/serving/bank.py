@@ -1,0 +1,355 @@
+"""Which fine-tunes are on the device, and which of them each row of a batch gets."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from adamix.artifacts import ModelDelta
+from adamix.errors import BankError
+from adamix.ops import TABLE_COLUMNS
+from adamix.serving.arena import Arena, aligned
+from adamix.serving.image import DeltaImage, Places, ValuesPlace, base_values, make_image
+from adamix.serving.routing import BASE, Routing
+
+
+@dataclass(frozen=True)
+class BankMetrics:
+    """Since the bank was made."""
+
+    hits: int = 0  # fine-tunes that a route named and that were on the device
+    misses: int = 0  # and that were not
+    evictions: int = 0  # from the device, to make room
+    copies: int = 0  # to the device
+    copied_bytes: int = 0
+    reads: int = 0  # from disk
+    read_seconds: float = 0.0  # reading, checking and laying out
+
+
+@dataclass
+class _Known:
+    """A fine-tune by name: where it was read from, and what of it is on the host."""
+
+    path: Path | None
+    image: DeltaImage | None
+    pinned: bool = False
+
+
+@dataclass
+class _Resident:
+    """A fine-tune on the device, or on its way."""
+
+    slot: int
+    begin: int  # of its extent in the arena
+    words: int
+    image: DeltaImage
+    copied: torch.cuda.Event | None  # None: the tables show it already
+    active: bool = False
+
+
+class Memory:
+    """The bank's tensors on the device, allocated once.
+
+    Stream order is what keeps running kernels and changes apart: a slot's table row is zero from
+    before its words change until after they have, on the current stream; words travel on a stream
+    of their own, which the current one waits for only when a route asks for the fine-tune.
+    """
+
+    def __init__(self, places: Places, slots: int, capacity_bytes: int,
+                 device: torch.device) -> None:
+        self.arena = Arena(capacity_bytes // 4, device)
+        self.tables: Tensor = torch.zeros(len(places.matrices), slots, TABLE_COLUMNS,
+                                          dtype=torch.int64, device=device)
+        self.values = {dtype: values.to(device).repeat(slots + 1, 1)
+                       for dtype, values in base_values(places).items()}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def columns(self, place: ValuesPlace) -> Tensor:
+        """A parameter's values, `[slots + 1, n]`, the base's last."""
+        return self.values[place.dtype][:, place.begin : place.end]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the device's memory."""
+        tensors = (self.arena.words, self.tables, *self.values.values())
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def copy(self, image: DeltaImage, begin: int) -> torch.cuda.Event | None:
+        """Send a delta's words to their extent; the event says when they are there."""
+        target = self.arena.words[begin : begin + image.words.numel()]
+        if self._copies is None:
+            target.copy_(image.words)
+            return None
+        self._copies.wait_stream(torch.cuda.current_stream(target.device))
+        with torch.cuda.stream(self._copies):
+            target.copy_(image.words, non_blocking=True)
+            return self._copies.record_event()
+
+    def show(self, resident: _Resident) -> None:
+        """From here on the current stream sees the delta in its slot."""
+        if resident.copied is not None:
+            torch.cuda.current_stream(self.tables.device).wait_event(resident.copied)
+            resident.copied = None
+        table = resident.image.table.clone()
+        table[:, :3] += resident.begin
+        if self.tables.is_cuda:
+            table = table.pin_memory()
+        self.tables[:, resident.slot].copy_(table, non_blocking=True)
+        for dtype, values in resident.image.values.items():
+            self.values[dtype][resident.slot].copy_(values, non_blocking=True)
+        resident.active = True
+
+    def clear(self, resident: _Resident) -> None:
+        """From here on the current stream sees an empty slot."""
+        self.tables[:, resident.slot].zero_()
+        for values in self.values.values():
+            values[resident.slot] = values[BASE]
+        self.arena.release(resident.begin, resident.words)
+
+
+class Route:
+    """What :meth:`DeltaBank.route` returns: in force at once; as a context manager, until its end."""
+
+    def __init__(self, bank: DeltaBank, before: tuple[tuple[str | None, ...], bool]) -> None:
+        self._bank, self._before = bank, before
+
+    def __enter__(self) -> Route:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        names, by_token = self._before
+        known = [name if name in self._bank.names else None for name in names]
+        self._bank._apply(known, by_token=by_token)
+
+
+class DeltaBank:
+    """Many fine-tunes of one base, each row of a batch routed to its own.
+
+    Made by :func:`adamix.attach`. Fine-tunes are loaded under names; as many as fit are on the
+    device, the least recently routed ones make room, and those stay on the host, ready to come
+    back. Nothing on the device moves or grows, so CUDA graphs that were captured before stay
+    valid. Call it from one thread at a time, on the stream that the model runs on.
+    """
+
+    def __init__(self, places: Places, routing: Routing, memory: Memory, *, slots: int,
+                 host_bytes: int | None, read: Callable[[Path], ModelDelta],
+                 check: Callable[[ModelDelta, str], None], detach: Callable[[], None]) -> None:
+        self.slots = slots
+        self._places, self._routing, self._memory = places, routing, memory
+        self._read, self._check, self._detach = read, check, detach
+        self._host_bytes = host_bytes
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently routed first
+        self._route: tuple[tuple[str | None, ...], bool] = ((None,), False)
+        self._metrics = BankMetrics()
+
+    # --- what is there
+
+    @property
+    def names(self) -> list[str]:
+        """The fine-tunes that can be routed to."""
+        return sorted(self._known)
+
+    @property
+    def resident(self) -> list[str]:
+        """Those on the device, the least recently routed first."""
+        return list(self._resident)
+
+    @property
+    def metrics(self) -> BankMetrics:
+        """Counts since the bank was made."""
+        return self._metrics
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, fixed from the start."""
+        return self._memory.nbytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Of the arena; a delta needs one stretch of it."""
+        return 4 * self._memory.arena.free_words
+
+    # --- loading
+
+    def load(self, name: str, delta: str | Path | ModelDelta, *, pin: bool = False) -> None:
+        """Read a fine-tune and begin to copy it to the device; one of the same name is replaced.
+
+        The copy goes on beside the model's work; the first route to the fine-tune waits for it.
+
+        Args:
+            name: what `route` calls it.
+            delta: a delta folder, or one in memory.
+            pin: keep it on the device until `unpin`.
+
+        Raises:
+            DeltaFileError, FingerprintError: the folder is damaged, or of another base.
+            BankError: the model has no place for what it changes, or the device none for it.
+        """
+        path = None if isinstance(delta, ModelDelta) else Path(delta)
+        image = self._image(name, path if path is not None else delta)
+        self._check_size(name, image)
+        was_routed = name in self._route[0]
+        if name in self._resident:
+            self._evict(name)
+        self._known[name] = _Known(path, image, pin)
+        self._bring(name, keep={name, *self._route[0]})
+        if was_routed:
+            self._apply(*self._route)
+        self._trim_host()
+
+    def unload(self, name: str) -> None:
+        """Forget a fine-tune.
+
+        Raises:
+            BankError: there is none of this name, or rows are routed to it.
+        """
+        self._find(name)
+        if name in self._route[0]:
+            raise BankError(f"rows are routed to {name}: route them elsewhere before unloading it")
+        if name in self._resident:
+            self._evict(name)
+        del self._known[name]
+
+    def pin(self, name: str) -> None:
+        """Keep a fine-tune on the device, and bring it there."""
+        self._find(name).pinned = True
+        self._bring(name, keep={name, *self._route[0]})
+
+    def unpin(self, name: str) -> None:
+        """Let a fine-tune make room for others again."""
+        self._find(name).pinned = False
+
+    def detach(self) -> None:
+        """Make the model the base alone again, as it was before `attach`."""
+        self._detach()
+
+    # --- routing
+
+    def route(self, names: Sequence[str | None]) -> Route:
+        """Route row i of the batches that follow to the fine-tune `names[i]`; None is the base.
+
+        In place, for graphs that are captured already (with as many rows); as a context manager,
+        the route before comes back at its end. A batch of k times as many rows (beams, several
+        sequences a prompt) has each row k times in turn. What is not on the device comes there
+        first, in place of what was not routed to for longest.
+
+        Raises:
+            BankError: an unknown name, no name at all, or more fine-tunes than fit.
+        """
+        before = self._route
+        self._apply(list(names), by_token=False)
+        return Route(self, before)
+
+    def route_tokens(self, names: Sequence[str | None], counts: Sequence[int]) -> Route:
+        """Route a batch that is one row of many requests' tokens: `counts[i]` of them to `names[i]`.
+
+        What follows them, as padding, is the base's.
+        """
+        if len(names) != len(counts):
+            raise BankError(f"a count for each name: got {len(names)} names, {len(counts)} counts")
+        before = self._route
+        tokens = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        self._apply(tokens, by_token=True)
+        return Route(self, before)
+
+    def _apply(self, names: Iterable[str | None], by_token: bool) -> None:
+        names = tuple(names)
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        for name in wanted:
+            self._find(name)
+        for name in wanted:
+            here = name in self._resident
+            self._count(hits=int(here), misses=int(not here))
+            self._bring(name, keep=set(wanted))
+            if not self._resident[name].active:
+                self._memory.show(self._resident[name])
+            self._resident.move_to_end(name)
+        slots = {name: self._resident[name].slot for name in wanted}
+        self._routing.write([BASE if name is None else slots[name] for name in names],
+                            by_token=by_token)
+        self._route = (names, by_token)
+
+    # --- residency
+
+    def _find(self, name: str) -> _Known:
+        if name not in self._known:
+            loaded = ", ".join(self.names) or "none"
+            raise BankError(f"no fine-tune {name!r} is loaded; loaded are: {loaded}")
+        return self._known[name]
+
+    def _bring(self, name: str, keep: set[str | None]) -> None:
+        """Make a fine-tune resident; `keep` must not make room for it."""
+        if name in self._resident:
+            return
+        known = self._known[name]
+        if known.image is None:
+            assert known.path is not None
+            known.image = self._image(name, known.path)
+        self._known.move_to_end(name)
+        begin, slot = self._place(name, known.image.words.numel(), keep)
+        copied = self._memory.copy(known.image, begin)
+        self._resident[name] = _Resident(slot, begin, known.image.words.numel(), known.image, copied)
+        self._count(copies=1, copied_bytes=known.image.words.nbytes)
+        self._trim_host()
+
+    def _place(self, name: str, words: int, keep: set[str | None]) -> tuple[int, int]:
+        """An extent and a slot, others making room."""
+        while True:
+            taken = {resident.slot for resident in self._resident.values()}
+            if len(taken) < self.slots:
+                begin = self._memory.arena.allocate(words)
+                if begin is not None:
+                    return begin, min(set(range(self.slots)) - taken)
+            others = [other for other in self._resident
+                      if other not in keep and not self._known[other].pinned]
+            if not others:
+                held = ", ".join(self._resident) or "nothing"
+                raise BankError(
+                    f"{name} ({4 * words:,} bytes) does not fit beside what is pinned or routed "
+                    f"({held}): the bank has {self.slots} slots and "
+                    f"{4 * self._memory.arena.size:,} bytes")
+            self._evict(others[0])
+            self._count(evictions=1)
+
+    def _evict(self, name: str) -> None:
+        self._memory.clear(self._resident.pop(name))
+
+    # --- the host's side
+
+    def _image(self, name: str, delta: Path | ModelDelta) -> DeltaImage:
+        start = time.perf_counter()
+        read = delta if isinstance(delta, ModelDelta) else self._read(delta)
+        self._check(read, name)
+        image = make_image(name, read, self._places, pin=self._memory.tables.is_cuda)
+        self._count(reads=int(isinstance(delta, Path)), read_seconds=time.perf_counter() - start)
+        return image
+
+    def _check_size(self, name: str, image: DeltaImage) -> None:
+        if aligned(image.words.numel()) > self._memory.arena.size:
+            raise BankError(f"{name} has {image.words.nbytes:,} bytes, the bank "
+                            f"{4 * self._memory.arena.size:,}: attach with more capacity_bytes")
+
+    def _trim_host(self) -> None:
+        """Keep what the host holds within its limit; what has no folder to be read again stays."""
+        if self._host_bytes is None:
+            return
+        held = sum(known.image.nbytes for known in self._known.values() if known.image is not None)
+        for known in self._known.values():
+            if held <= self._host_bytes:
+                return
+            if known.image is not None and known.path is not None:
+                held -= known.image.nbytes
+                known.image = None
+
+    def _count(self, **more: float) -> None:
+        now = self._metrics
+        self._metrics = replace(now, **{key: getattr(now, key) + n for key, n in more.items()})

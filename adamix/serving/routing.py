@@ -1,0 +1,74 @@
+"""Which slot of the bank every token goes to, in a buffer that stays where it is.
+
+Layers read it on the device, so a captured CUDA graph follows when it is rewritten in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adamix.errors import BankError
+
+BASE = -1  # a slot that holds nothing; as an index, the last row of a table: the base's
+MAX_ROWS = 1 << 16
+
+
+class Routing:
+    """A slot for each row of a batch, or for each token where a batch is one row of tokens.
+
+    A row's tokens are adjacent when the leading dimensions of an activation are flattened. A batch
+    of k times as many rows (beams, several sequences a prompt) has each row k times in turn.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.slots: Tensor = torch.full((MAX_ROWS,), BASE, dtype=torch.int32, device=device)
+        torch._dynamo.mark_static_address(self.slots)
+        self.rows = 1
+        self.by_token = False  # whether a row is one token
+
+    def write(self, slots: Sequence[int], *, by_token: bool = False) -> None:
+        """Route rows, or tokens, in order on the current stream; what follows them is the base's.
+
+        Raises:
+            BankError: none, or more than the buffer holds.
+        """
+        if not 1 <= len(slots) <= MAX_ROWS:
+            raise BankError(f"a route has 1..{MAX_ROWS} rows, got {len(slots)}")
+        values = torch.as_tensor(slots, dtype=torch.int32)
+        if self.slots.is_cuda:
+            values = values.pin_memory()
+        self.slots.fill_(BASE)
+        self.slots[: len(slots)].copy_(values, non_blocking=True)
+        self.rows, self.by_token = len(slots), by_token
+
+    def of(self, count: int) -> Tensor:
+        """Slots int32 `[count]` of so many rows or tokens.
+
+        Raises:
+            BankError: they are no multiple of the routed rows.
+        """
+        if self.by_token or count == self.rows:
+            return self.slots[:count]
+        if count % self.rows != 0:
+            raise BankError(f"{self.rows} rows are routed, which {count} rows or tokens are no "
+                            f"multiple of: call bank.route with a name for each row of the batch")
+        return self.slots[: self.rows].repeat_interleave(count // self.rows)
+
+    def gather(self, values: Tensor, like: Tensor, token_dim: int) -> Tensor:
+        """Each row's values, shaped to broadcast over an activation.
+
+        Args:
+            values: `[slots + 1, n]`, the base's last.
+            like: the activation, `[rows, .., n]`; by token `[1, .., n]`.
+            token_dim: the dimension of `like` that is its tokens, where a batch is one row.
+
+        Returns:
+            `[rows, 1, .., n]`; by token, its tokens in `token_dim`.
+        """
+        dim = min(token_dim, like.dim() - 2) if self.by_token else 0
+        shape = [1] * like.dim()
+        shape[dim], shape[-1] = like.shape[dim], values.shape[1]
+        return values[self.of(like.shape[dim])].view(shape)

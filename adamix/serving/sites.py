@@ -1,0 +1,177 @@
+"""Where in a model deltas act, found from its modules and from one small forward pass.
+
+The pass tells what names cannot: which linear layers get the same input (they make one call), in
+which dimension an activation has its tokens, how an embedding scales its rows, and whether a
+module's parameters can differ from row to row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adamix.errors import BankError
+
+PROBE_ROWS = 2
+PROBE_TOKENS = (13, 11, 17)  # the first that is no size of the model: found again in shapes
+GROUP_MOST = 8  # matrices of one call of delta_gemm
+
+
+@dataclass
+class Matrix:
+    """A weight that a low-rank delta can be added to."""
+
+    name: str  # of the parameter; a tied head has the embedding's
+    modules: list[nn.Module]  # one, or the embedding and the head tied to it
+    shape: tuple[int, int]
+
+
+@dataclass
+class Plan:
+    """What `find_sites` found."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+    groups: list[list[nn.Module]] = field(default_factory=list)  # linear layers on one input
+    values: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
+    token_dims: dict[nn.Module, int] = field(default_factory=dict)
+    scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings that scale
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+def find_sites(model: nn.Module) -> Plan:
+    """Every linear layer, embedding and norm of a model.
+
+    Raises:
+        BankError: its parameters are on several devices.
+    """
+    places = {parameter.device for parameter in model.parameters()}
+    if len(places) != 1 or next(iter(places)).type == "meta":
+        raise BankError(f"a model must be loaded, on one device, got {sorted(map(str, places))}")
+    plan, calls = Plan(), _probe(model)
+    by_weight: dict[nn.Parameter, Matrix] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            matrix = Matrix(f"{name}.weight", [module], _shape(module))
+            tied = by_weight.setdefault(module.weight, matrix)
+            if tied is matrix:
+                plan.matrices.append(matrix)
+            else:
+                tied.modules.append(module)
+        elif _has_values(module):
+            plan.values[name] = module
+    plan.groups = _groups(calls, model)
+    for call in calls:
+        plan.token_dims.setdefault(call.module, _token_dim(call.y, _probe_tokens(model)))
+    for matrix in plan.matrices:
+        for module in matrix.modules:
+            own = isinstance(module, nn.Embedding) and type(module).forward
+            if own and own is not nn.Embedding.forward:
+                plan.scales[module] = _scale(module)
+    return plan
+
+
+def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    """[out, in] as a delta has it, however the layer packs its weight."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.num_embeddings, module.embedding_dim
+
+
+def _has_values(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(p.dim() == 1 and p.is_floating_point() for p in own)
+
+
+def _probe(model: nn.Module) -> list[_Call]:
+    """Calls of leaf modules in one forward pass of a few tokens; none where the model asks for
+    other inputs."""
+    calls: list[_Call] = []
+
+    def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            calls.append(_Call(module, inputs[0], output))
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()
+             if next(module.children(), None) is None]
+    ids = torch.zeros(PROBE_ROWS, _probe_tokens(model), dtype=torch.long,
+                      device=next(model.parameters()).device)
+    try:
+        with torch.inference_mode(), _evaluating(model):
+            model(input_ids=ids, use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _probe_tokens(model: nn.Module) -> int:
+    sizes = {size for parameter in model.parameters() for size in parameter.shape}
+    config = getattr(model, "config", None)
+    if config is not None:
+        sizes |= {value for value in vars(config.get_text_config()).values()
+                  if isinstance(value, int)}
+    return next((count for count in PROBE_TOKENS if count not in sizes), PROBE_TOKENS[0])
+
+
+def _token_dim(activation: Tensor, tokens: int) -> int:
+    """The dimension that is the tokens; 1 where it cannot be told."""
+    dims = [dim for dim in range(1, activation.dim() - 1) if activation.shape[dim] == tokens]
+    return dims[0] if dims else 1
+
+
+def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
+    """Linear layers of one parent module that were called once each, on one tensor; all others
+    alone."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    times = Counter(call.module for call in linears)
+    shared: dict[tuple[int, nn.Module], list[nn.Module]] = {}
+    for call in linears:
+        if times[call.module] == 1:
+            shared.setdefault((id(call.x), parents[call.module]), []).append(call.module)
+    found = [group[first : first + GROUP_MOST] for group in shared.values()
+             for first in range(0, len(group), GROUP_MOST)]
+    grouped = {module for group in found for module in group}
+    return found + [[module] for module in model.modules()
+                    if isinstance(module, nn.Linear) and module not in grouped]
+
+
+@torch.inference_mode()
+def _scale(module: nn.Embedding) -> float:
+    """What an embedding with a forward of its own multiplies its rows with.
+
+    Raises:
+        BankError: it does something else with them.
+    """
+    rows = min(16, module.num_embeddings)
+    ids = torch.arange(rows, device=module.weight.device)
+    plain, own = module.weight[:rows].double(), module(ids).double()
+    scale = ((plain * own).sum() / plain.square().sum().clamp(min=1e-300)).item()
+    rounding = 4 * torch.finfo(module.weight.dtype).eps
+    if (own - scale * plain).abs().max() > rounding * own.abs().max():
+        raise BankError(f"{type(module).__name__} is no embedding that scales its rows: what a "
+                        f"delta adds to it is unknown")
+    return scale

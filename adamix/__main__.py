@@ -247,33 +247,39 @@ def merge(
 def generate(
     base: Base,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Texts to go on from.")],
-    delta: Annotated[Path | None, typer.Option(help="A delta folder to add to BASE.")] = None,
+    delta: Annotated[list[str] | None, typer.Option(
+        metavar="[NAME=]PATH", help="A delta folder to add to BASE; several answer side by side, "
+                                    "in one batch, one prompt each or all the same.")] = None,
+    with_base: Annotated[bool, typer.Option(
+        "--with-base", help="BASE answers too, first.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Of the model.")] = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
-    """Let BASE, or BASE + DELTA, go on from each prompt."""
+    """Let BASE and fine-tunes of it go on from prompts."""
+    deltas: dict[str, str] = {}
+    for given in delta or []:
+        name, _, path = given.partition("=") if "=" in given else (Path(given).name, "", given)
+        if name in deltas:
+            raise typer.BadParameter(f"two deltas are called {name}: give names, --delta NAME=PATH")
+        deltas[name] = path
     _quiet()
     import torch
 
-    from adamix.evaluation import answer, tokenizer_of
-    from adamix.merging import restored_model
-    from adamix.source.checkpoints import Checkpoint
-    from adamix.source.models import load_model
+    from adamix.generation import generate as run
 
-    plain = delta is None
-    model = load_model(Checkpoint(base).folder) if plain else restored_model(base, delta)
-    tokenizer = tokenizer_of([base] if delta is None else [delta, base])
     torch.manual_seed(seed)
-    written = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens,
-                     temperature=temperature)
+    written = run(base, deltas, prompts, with_base=with_base, max_new_tokens=max_new_tokens,
+                  temperature=temperature, device=device, dtype=getattr(torch, dtype.value))
     if as_json:
-        display.show_json({"generations": [{"prompt": prompt, "text": text}
-                                           for prompt, text in zip(prompts, written, strict=True)]})
+        display.show_json({"generations": [vars(one) for one in written]})
         return
-    for prompt, text in zip(prompts, written, strict=True):
-        print(f"{prompt}{text}")
+    several = len({one.finetune for one in written}) > 1
+    for one in written:
+        print((f"[{one.finetune or 'base'}] " if several else "") + f"{one.prompt}{one.text}")
 
 
 def _quiet() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adamix.artifacts import ModelDelta
-from adamix.errors import BankError, CheckpointError, FingerprintError
-from adamix.serving.bank import DeltaBank, Memory
-from adamix.serving.image import MatrixPlace, Places, ValuesPlace
+from adamix.errors import AdamixError, BankError, CheckpointError, FingerprintError
+from adamix.serving.bank import DeltaBank
+from adamix.serving.image import MatrixPlace, Places, ValuesPlace, words_of
+from adamix.serving.memory import Memory
 from adamix.serving.modules import (
     SITE,
     Group,
@@ -37,7 +38,8 @@ MOST_SLOTS = 1024
 VERIFY = {"sampled": "sampled", "full": "sha256", None: None}
 
 
-def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | None = None,
+def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | None = None, *,
+           slots: int | None = None, capacity_bytes: int | None = None,
            max_rank: int | None = None, host_bytes: int | None = None,
            base: str | Path | None = None, verify: str | None = "sampled") -> DeltaBank:
     """Let every row of a model's batches be answered by a fine-tune of its own.
@@ -49,11 +51,14 @@ def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | 
     Args:
         model: a transformers model, or another of linear layers, embeddings and norms, loaded on
             one device in fp32, bf16 or fp16; for inference.
+        deltas: fine-tunes to load at once by name; there is room for them unless the next three
+            say otherwise.
         slots: fine-tunes on the device at a time, at most. Default: 8, or as many as
-            `capacity_bytes` can hold at 1/32 of the model each.
-        capacity_bytes: for their words. Default: 1/15 of the 16-bit model a slot.
+            `capacity_bytes` can hold at 1/32 of the model each, or as many as `deltas`.
+        capacity_bytes: for their words. Default: 1/15 of the 16-bit model a slot, or what `deltas`
+            take.
         max_rank: most components of a matrix. Default, for each matrix: as many as 1 bit a weight
-            pays for at 2 bits.
+            pays for at 2 bits, or as any of `deltas` has.
         host_bytes: what the host may hold of the fine-tunes that were read; default: all of them.
         base: the checkpoint that the model was loaded from; default: what the model says.
         verify: "sampled" compares 64 KiB of each of the base's tensors with what each delta was
@@ -61,7 +66,8 @@ def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | 
 
     Raises:
         BankError: the model is attached already, lies on several devices, has no place for a
-            delta, or nobody can tell what it was loaded from.
+            delta, or nobody can tell what it was loaded from; `deltas` do not fit.
+        DeltaFileError, FingerprintError: one of them is damaged, or of another base.
         ValueError: an argument out of its range.
     """
     _check_arguments(slots, capacity_bytes, max_rank, verify)
@@ -71,18 +77,13 @@ def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | 
     plan = find_sites(model)
     if not plan.matrices:
         raise BankError(f"{type(model).__name__} has no linear layer: deltas have no place in it")
+    first = {name: delta if isinstance(delta, ModelDelta) else read_delta(Path(delta))
+             for name, delta in (deltas or {}).items()}
+    places = _places(plan, max_rank, first.values())
+    slots, capacity_bytes = _sizes(places, slots, capacity_bytes, first.values())
     device = plan.matrices[0].modules[0].weight.device
-    places = _places(plan, max_rank)
-    model_bytes = sum(2 * out * n for out, n in (place.shape for place in places.matrices.values()))
-    if slots is None and capacity_bytes is not None:
-        slots = min(max(32 * capacity_bytes // model_bytes, 1), MOST_SLOTS)
-    slots = slots or SLOTS
-    capacity_bytes = capacity_bytes or slots * -(-model_bytes // LEAST_RATIO)
     routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
     installed = _install(plan, places, routing, memory)
-
-    def read(folder: Path) -> ModelDelta:
-        return read_delta(folder)
 
     def check(delta: ModelDelta, name: str) -> None:
         if verify is not None and fingerprint() != delta.manifest.fingerprint[VERIFY[verify]]:
@@ -95,8 +96,16 @@ def attach(model: nn.Module, *, slots: int | None = None, capacity_bytes: int | 
         while installed:
             uninstall(installed.pop())
 
-    return DeltaBank(places, routing, memory, slots=slots, host_bytes=host_bytes, read=read,
+    bank = DeltaBank(places, routing, memory, slots=slots, host_bytes=host_bytes, read=read_delta,
                      check=check, detach=detach)
+    try:
+        for name, delta in (deltas or {}).items():
+            folder = None if isinstance(delta, ModelDelta) else Path(delta)
+            bank.load(name, first[name], source=folder)
+    except AdamixError:
+        detach()
+        raise
+    return bank
 
 
 def _check_arguments(slots: int | None, capacity_bytes: int | None, max_rank: int | None,
@@ -123,9 +132,29 @@ def _fingerprint(model: nn.Module, base: str | Path | None, verify: str | None
     return cache(lambda: fingerprint_of(checkpoint, full=verify == "full")[VERIFY[verify]])
 
 
-def _places(plan: Plan, max_rank: int | None) -> Places:
-    matrices = {matrix.name: MatrixPlace(i, matrix.shape, _max_rank(matrix.shape, max_rank))
-                for i, matrix in enumerate(plan.matrices)}
+def _sizes(places: Places, slots: int | None, capacity_bytes: int | None,
+           deltas: Collection[ModelDelta]) -> tuple[int, int]:
+    """Slots and bytes, where one is given from it, else for the deltas, else the default."""
+    model_bytes = sum(2 * out * n for out, n in (place.shape for place in places.matrices.values()))
+    if slots is None and capacity_bytes is not None and not deltas:
+        slots = min(max(32 * capacity_bytes // model_bytes, 1), MOST_SLOTS)
+    slots = slots or len(deltas) or SLOTS
+    if capacity_bytes is None:
+        each = -(-model_bytes // LEAST_RATIO)
+        known = [4 * words_of(delta) for delta in deltas]
+        capacity_bytes = sum(known) + max(slots - len(known), 0) * max([*known, each])
+    return slots, capacity_bytes
+
+
+def _places(plan: Plan, max_rank: int | None, deltas: Iterable[ModelDelta]) -> Places:
+    ranks: dict[str, int] = {}
+    for delta in deltas:
+        for name, packed in delta.matrices.items():
+            ranks[name] = max(ranks.get(name, 0), packed.rank)
+    matrices = {
+        matrix.name: MatrixPlace(i, matrix.shape,
+                                 _max_rank(matrix.shape, max_rank, ranks.get(matrix.name, 0)))
+        for i, matrix in enumerate(plan.matrices)}
     values: dict[str, ValuesPlace] = {}
     columns: dict[torch.dtype, int] = {}
 
@@ -148,10 +177,10 @@ def _places(plan: Plan, max_rank: int | None) -> Places:
     return Places(matrices, values, columns)
 
 
-def _max_rank(shape: tuple[int, int], limit: int | None) -> int:
+def _max_rank(shape: tuple[int, int], limit: int | None, known: int) -> int:
     out, n = shape
-    least = out * n // ((out + n) * LEAST_BITS + 32)
-    return min(max(limit if limit is not None else least, 1), out, n)
+    default = max(out * n // ((out + n) * LEAST_BITS + 32), known, 1)
+    return min(limit if limit is not None else default, out, n)
 
 
 def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> list[nn.Module]:

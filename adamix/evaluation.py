@@ -16,12 +16,13 @@ import transformers
 from torch import Tensor
 
 from adamix.calibration.texts import documents, join_answer
-from adamix.errors import AdamixError, CalibrationError, CheckpointError
+from adamix.errors import AdamixError, CalibrationError
+from adamix.generation import answer, tokenizer_of
 from adamix.merging import restored_model
 from adamix.parallel import workers
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import Checkpoint
-from adamix.source.models import find_tokenizer, load_model
+from adamix.source.models import load_model
 from adamix.storage.file import read_manifest
 
 CONTEXT = 1024  # tokens a window at most
@@ -271,56 +272,10 @@ def _batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window
         yield batch
 
 
-@torch.inference_mode()
-def answer(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
-           prompts: list[str], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """What the model writes after each prompt, generated together with padding on the left.
-
-    Greedy at temperature 0, else drawn from torch's global random stream. The model keeps the
-    plain generation config that this sets: `generate` would fill in penalties from its own one.
-    """
-    end = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if not all(rows):
-        raise AdamixError("an empty prompt gives no token to go on from")
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad,
-                                           eos_token_id=end or None,
-                                           **({"do_sample": False} | sampling))
-    model.generation_config = config
-    written = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    return tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-
-
-def _end_tokens(model: transformers.PreTrainedModel,
-                tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    found = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (tokenizer.eos_token_id, *found) if token is not None})
-
-
 def _knows(model: transformers.PreTrainedModel, texts: list[Tensor]) -> bool:
     """Whether every id is in the model's vocabulary: a base may lack the fine-tune's tokens."""
     rows = model.get_input_embeddings().weight.shape[0]
     return all(int(ids.max()) < rows for ids in texts)
-
-
-def tokenizer_of(paths: list[str | Path]) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of the first that has one.
-
-    Raises:
-        CheckpointError: none has.
-    """
-    tokenizer = find_tokenizer(Path(path) if Path(path).is_dir() else Checkpoint(path).folder
-                               for path in paths)
-    if tokenizer is None:
-        raise CheckpointError(f"no tokenizer in {' or '.join(map(str, paths))}")
-    return tokenizer
 
 
 def _document(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt) -> Window:

@@ -9,14 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-import torch
-from torch import Tensor
-
 from adamix.artifacts import ModelDelta
 from adamix.errors import BankError
-from adamix.ops import TABLE_COLUMNS
-from adamix.serving.arena import Arena, aligned
-from adamix.serving.image import DeltaImage, Places, ValuesPlace, base_values, make_image
+from adamix.serving.arena import aligned
+from adamix.serving.image import DeltaImage, Places, make_image
+from adamix.serving.memory import Memory, Resident
 from adamix.serving.routing import BASE, Routing
 
 
@@ -42,80 +39,8 @@ class _Known:
     pinned: bool = False
 
 
-@dataclass
-class _Resident:
-    """A fine-tune on the device, or on its way."""
-
-    slot: int
-    begin: int  # of its extent in the arena
-    words: int
-    image: DeltaImage
-    copied: torch.cuda.Event | None  # None: the tables show it already
-    active: bool = False
-
-
-class Memory:
-    """The bank's tensors on the device, allocated once.
-
-    Stream order is what keeps running kernels and changes apart: a slot's table row is zero from
-    before its words change until after they have, on the current stream; words travel on a stream
-    of their own, which the current one waits for only when a route asks for the fine-tune.
-    """
-
-    def __init__(self, places: Places, slots: int, capacity_bytes: int,
-                 device: torch.device) -> None:
-        self.arena = Arena(capacity_bytes // 4, device)
-        self.tables: Tensor = torch.zeros(len(places.matrices), slots, TABLE_COLUMNS,
-                                          dtype=torch.int64, device=device)
-        self.values = {dtype: values.to(device).repeat(slots + 1, 1)
-                       for dtype, values in base_values(places).items()}
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def columns(self, place: ValuesPlace) -> Tensor:
-        """A parameter's values, `[slots + 1, n]`, the base's last."""
-        return self.values[place.dtype][:, place.begin : place.end]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the device's memory."""
-        tensors = (self.arena.words, self.tables, *self.values.values())
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def copy(self, image: DeltaImage, begin: int) -> torch.cuda.Event | None:
-        """Send a delta's words to their extent; the event says when they are there."""
-        target = self.arena.words[begin : begin + image.words.numel()]
-        if self._copies is None:
-            target.copy_(image.words)
-            return None
-        self._copies.wait_stream(torch.cuda.current_stream(target.device))
-        with torch.cuda.stream(self._copies):
-            target.copy_(image.words, non_blocking=True)
-            return self._copies.record_event()
-
-    def show(self, resident: _Resident) -> None:
-        """From here on the current stream sees the delta in its slot."""
-        if resident.copied is not None:
-            torch.cuda.current_stream(self.tables.device).wait_event(resident.copied)
-            resident.copied = None
-        table = resident.image.table.clone()
-        table[:, :3] += resident.begin
-        if self.tables.is_cuda:
-            table = table.pin_memory()
-        self.tables[:, resident.slot].copy_(table, non_blocking=True)
-        for dtype, values in resident.image.values.items():
-            self.values[dtype][resident.slot].copy_(values, non_blocking=True)
-        resident.active = True
-
-    def clear(self, resident: _Resident) -> None:
-        """From here on the current stream sees an empty slot."""
-        self.tables[:, resident.slot].zero_()
-        for values in self.values.values():
-            values[resident.slot] = values[BASE]
-        self.arena.release(resident.begin, resident.words)
-
-
 class Route:
-    """What :meth:`DeltaBank.route` returns: in force at once; as a context manager, until its end."""
+    """What :meth:`DeltaBank.route` returns: in force at once; in a `with`, until its end."""
 
     def __init__(self, bank: DeltaBank, before: tuple[tuple[str | None, ...], bool]) -> None:
         self._bank, self._before = bank, before
@@ -147,7 +72,7 @@ class DeltaBank:
         self._read, self._check, self._detach = read, check, detach
         self._host_bytes = host_bytes
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently routed first
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently routed first
         self._route: tuple[tuple[str | None, ...], bool] = ((None,), False)
         self._metrics = BankMetrics()
 
@@ -180,7 +105,8 @@ class DeltaBank:
 
     # --- loading
 
-    def load(self, name: str, delta: str | Path | ModelDelta, *, pin: bool = False) -> None:
+    def load(self, name: str, delta: str | Path | ModelDelta, *, pin: bool = False,
+             source: Path | None = None) -> None:
         """Read a fine-tune and begin to copy it to the device; one of the same name is replaced.
 
         The copy goes on beside the model's work; the first route to the fine-tune waits for it.
@@ -189,13 +115,15 @@ class DeltaBank:
             name: what `route` calls it.
             delta: a delta folder, or one in memory.
             pin: keep it on the device until `unpin`.
+            source: the folder of a delta in memory, to be read again when the host has no room.
 
         Raises:
             DeltaFileError, FingerprintError: the folder is damaged, or of another base.
             BankError: the model has no place for what it changes, or the device none for it.
         """
-        path = None if isinstance(delta, ModelDelta) else Path(delta)
-        image = self._image(name, path if path is not None else delta)
+        in_memory = delta if isinstance(delta, ModelDelta) else None
+        path = source if isinstance(delta, ModelDelta) else Path(delta)
+        image = self._image(name, path, in_memory)
         self._check_size(name, image)
         was_routed = name in self._route[0]
         if name in self._resident:
@@ -219,10 +147,15 @@ class DeltaBank:
             self._evict(name)
         del self._known[name]
 
-    def pin(self, name: str) -> None:
-        """Keep a fine-tune on the device, and bring it there."""
-        self._find(name).pinned = True
+    def prefetch(self, name: str) -> None:
+        """Begin to bring a fine-tune to the device, so that a route to it need not wait."""
+        self._find(name)
         self._bring(name, keep={name, *self._route[0]})
+
+    def pin(self, name: str) -> None:
+        """Keep a fine-tune on the device, and begin to bring it there."""
+        self._find(name).pinned = True
+        self.prefetch(name)
 
     def unpin(self, name: str) -> None:
         """Let a fine-tune make room for others again."""
@@ -250,7 +183,7 @@ class DeltaBank:
         return Route(self, before)
 
     def route_tokens(self, names: Sequence[str | None], counts: Sequence[int]) -> Route:
-        """Route a batch that is one row of many requests' tokens: `counts[i]` of them to `names[i]`.
+        """Route one row of many requests' tokens: the next `counts[i]` of them to `names[i]`.
 
         What follows them, as padding, is the base's.
         """
@@ -292,12 +225,12 @@ class DeltaBank:
             return
         known = self._known[name]
         if known.image is None:
-            assert known.path is not None
-            known.image = self._image(name, known.path)
+            known.image = self._image(name, known.path, None)
         self._known.move_to_end(name)
         begin, slot = self._place(name, known.image.words.numel(), keep)
         copied = self._memory.copy(known.image, begin)
-        self._resident[name] = _Resident(slot, begin, known.image.words.numel(), known.image, copied)
+        words = known.image.words.numel()
+        self._resident[name] = Resident(slot, begin, words, known.image, copied)
         self._count(copies=1, copied_bytes=known.image.words.nbytes)
         self._trim_host()
 
@@ -325,12 +258,16 @@ class DeltaBank:
 
     # --- the host's side
 
-    def _image(self, name: str, delta: Path | ModelDelta) -> DeltaImage:
+    def _image(self, name: str, path: Path | None, delta: ModelDelta | None) -> DeltaImage:
+        """From the delta where there is one in memory, else from its folder."""
         start = time.perf_counter()
-        read = delta if isinstance(delta, ModelDelta) else self._read(delta)
-        self._check(read, name)
-        image = make_image(name, read, self._places, pin=self._memory.tables.is_cuda)
-        self._count(reads=int(isinstance(delta, Path)), read_seconds=time.perf_counter() - start)
+        if delta is None:
+            assert path is not None
+            delta = self._read(path)
+            self._count(reads=1)
+        self._check(delta, name)
+        image = make_image(name, delta, self._places, pin=self._memory.tables.is_cuda)
+        self._count(read_seconds=time.perf_counter() - start)
         return image
 
     def _check_size(self, name: str, image: DeltaImage) -> None:

@@ -66,6 +66,11 @@ def base_values(places: Places, *, pin: bool = False) -> dict[torch.dtype, Tenso
     return values
 
 
+def words_of(delta: ModelDelta) -> int:
+    """Words of the arena that a delta takes."""
+    return sum(aligned(length) for packed in delta.matrices.values() for length in _lengths(packed))
+
+
 def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> DeltaImage:
     """Lay a delta out for the device.
 
@@ -77,8 +82,7 @@ def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> De
         BankError: it changes what no row can have of its own, or has more components than fit.
     """
     _refuse_unroutable(name, delta, places)
-    lengths = [aligned(length) for packed in delta.matrices.values() for length in _lengths(packed)]
-    words = torch.zeros(sum(lengths), dtype=torch.int32, pin_memory=pin)
+    words = torch.zeros(words_of(delta), dtype=torch.int32, pin_memory=pin)
     table = torch.zeros(len(places.matrices), ops.TABLE_COLUMNS, dtype=torch.int64, pin_memory=pin)
     columns = (ops.TABLE_V_OFFSET, ops.TABLE_U_OFFSET, ops.TABLE_SCALE_OFFSET)
     end = 0
@@ -129,8 +133,8 @@ def _refuse_unroutable(name: str, delta: ModelDelta, places: Places) -> None:
 def _check_shape(name: str, parameter: str, found: tuple[int, ...],
                  expected: tuple[int, ...] | None) -> None:
     if expected is None:
-        raise BankError(f"{name} changes {parameter}, which is no linear layer or embedding of "
-                        f"this model: is it a fine-tune of it?")
+        raise BankError(f"{name} changes {parameter}, which is no linear layer of this model, nor "
+                        f"its embedding: merge it instead, if it is a fine-tune of this model")
     if found != expected:
         raise BankError(f"{name} has a {parameter} of {list(found)}, the model one of "
                         f"{list(expected)}")

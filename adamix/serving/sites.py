@@ -39,7 +39,7 @@ class Plan:
     groups: list[list[nn.Module]] = field(default_factory=list)  # linear layers on one input
     values: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
     token_dims: dict[nn.Module, int] = field(default_factory=dict)
-    scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings that scale
+    scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings, on their rows
 
 
 @dataclass
@@ -59,8 +59,14 @@ def find_sites(model: nn.Module) -> Plan:
     if len(places) != 1 or next(iter(places)).type == "meta":
         raise BankError(f"a model must be loaded, on one device, got {sorted(map(str, places))}")
     plan, calls = Plan(), _probe(model)
+    inputs = {call.module: call.x for call in calls}
     by_weight: dict[nn.Parameter, Matrix] = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            scale = _scale(module, inputs.get(module))
+            if scale is None:
+                continue
+            plan.scales[module] = scale
         if isinstance(module, (nn.Linear, nn.Embedding)):
             matrix = Matrix(f"{name}.weight", [module], _shape(module))
             tied = by_weight.setdefault(module.weight, matrix)
@@ -73,11 +79,6 @@ def find_sites(model: nn.Module) -> Plan:
     plan.groups = _groups(calls, model)
     for call in calls:
         plan.token_dims.setdefault(call.module, _token_dim(call.y, _probe_tokens(model)))
-    for matrix in plan.matrices:
-        for module in matrix.modules:
-            own = isinstance(module, nn.Embedding) and type(module).forward
-            if own and own is not nn.Embedding.forward:
-                plan.scales[module] = _scale(module)
     return plan
 
 
@@ -160,18 +161,20 @@ def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
 
 
 @torch.inference_mode()
-def _scale(module: nn.Embedding) -> float:
-    """What an embedding with a forward of its own multiplies its rows with.
-
-    Raises:
-        BankError: it does something else with them.
-    """
-    rows = min(16, module.num_embeddings)
-    ids = torch.arange(rows, device=module.weight.device)
-    plain, own = module.weight[:rows].double(), module(ids).double()
+def _scale(module: nn.Embedding, tokens: Tensor | None) -> float | None:
+    """What an embedding multiplies its rows with; None where it does something else with them, or
+    looks up what is no row's own: positions."""
+    if tokens is not None and (tokens.dim() != 2 or len(tokens) != PROBE_ROWS):
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    ids = torch.arange(min(16, module.num_embeddings), device=module.weight.device)
+    try:
+        own = module(ids[None])[0].double()
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None
+    plain = module.weight[ids].double()
     scale = ((plain * own).sum() / plain.square().sum().clamp(min=1e-300)).item()
     rounding = 4 * torch.finfo(module.weight.dtype).eps
-    if (own - scale * plain).abs().max() > rounding * own.abs().max():
-        raise BankError(f"{type(module).__name__} is no embedding that scales its rows: what a "
-                        f"delta adds to it is unknown")
-    return scale
+    agrees = (own - scale * plain).abs().max() <= rounding * own.abs().max()
+    return scale if agrees else None

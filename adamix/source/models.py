@@ -18,14 +18,15 @@ MODEL_FAULTS = (ValueError, KeyError, TypeError, OSError, RuntimeError, ImportEr
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_model(folder: str | Path) -> transformers.PreTrainedModel:
-    """The model of a checkpoint's folder, in fp32 and eval mode.
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32
+               ) -> transformers.PreTrainedModel:
+    """The model of a checkpoint's folder, in eval mode.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except MODEL_FAULTS as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     return model.eval()

@@ -1,0 +1,75 @@
+"""Routing: rows, tokens and beams to slots, in a buffer that stays where it is."""
+
+import pytest
+import torch
+
+from adamix.errors import BankError
+from adamix.serving.routing import BASE, MAX_ROWS, Routing
+
+
+@pytest.fixture
+def routing():
+    return Routing(torch.device("cpu"))
+
+
+def test_at_first_everything_is_the_bases(routing):
+    assert routing.of(1).tolist() == [BASE] and routing.of(6).tolist() == [BASE] * 6
+
+
+def test_a_row_has_adjacent_tokens_and_beams(routing):
+    routing.write([2, BASE, 0])
+    assert routing.of(3).tolist() == [2, BASE, 0]
+    assert routing.of(6).tolist() == [2, 2, BASE, BASE, 0, 0]
+    assert routing.of(3).dtype == torch.int32
+
+
+def test_the_buffer_is_rewritten_in_place(routing):
+    routing.write([1, 2])
+    view = routing.of(2)
+    routing.write([5, BASE])
+    assert view.tolist() == [5, BASE] and view.data_ptr() == routing.slots.data_ptr()
+
+
+def test_by_token_what_follows_is_the_bases(routing):
+    routing.write([3, 3, 3, 3])
+    routing.write([1, 0], by_token=True)
+    assert routing.of(4).tolist() == [1, 0, BASE, BASE] and routing.of(1).tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [4, 5, 7])
+def test_rows_that_do_not_fit_are_refused_in_words(routing, count):
+    routing.write([0, 1, 2])
+    with pytest.raises(BankError, match=f"3 rows are routed, which {count} rows"):
+        routing.of(count)
+
+
+@pytest.mark.parametrize("count", [0, MAX_ROWS + 1])
+def test_a_route_has_rows(routing, count):
+    with pytest.raises(BankError, match=f"1..{MAX_ROWS} rows, got {count}"):
+        routing.write([0] * count)
+
+
+VALUES = torch.tensor([[10.0, 11], [20, 21], [90, 91]])  # two slots, the base
+
+
+def test_values_are_gathered_by_row_and_broadcast(routing):
+    routing.write([1, BASE])
+    gathered = routing.gather(VALUES, torch.zeros(2, 5, 2), 1)
+    assert gathered.tolist() == [[[20, 21]], [[90, 91]]]
+    assert routing.gather(VALUES, torch.zeros(2, 3, 5, 2), 2).shape == (2, 1, 1, 2)
+    beams = routing.gather(VALUES, torch.zeros(4, 5, 2), 1)
+    assert beams[:, 0, 0].tolist() == [20, 20, 90, 90]
+    flat = routing.gather(VALUES, torch.zeros(6, 2), 1)  # tokens of two rows
+    assert flat[:, 0].tolist() == [20, 20, 20, 90, 90, 90]
+
+
+def test_values_are_gathered_by_token_where_the_tokens_are(routing):
+    routing.write([1, 0, BASE], by_token=True)
+    first = routing.gather(VALUES, torch.zeros(1, 3, 2), 1)
+    assert first.shape == (1, 3, 2) and first[0, :, 0].tolist() == [20, 10, 90]
+    behind_heads = routing.gather(VALUES, torch.zeros(1, 4, 3, 2), 2)
+    assert behind_heads.shape == (1, 1, 3, 2) and behind_heads[0, 0, :, 1].tolist() == [21, 11, 91]
+    by_head = routing.gather(VALUES, torch.zeros(1, 3, 4, 2), 1)
+    assert by_head.shape == (1, 3, 1, 2) and by_head[0, :, 0, 1].tolist() == [21, 11, 91]
+    flat = routing.gather(VALUES, torch.zeros(3, 2), 1)
+    assert flat[:, 0].tolist() == [20, 10, 90]

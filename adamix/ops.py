@@ -1,8 +1,8 @@
 """The operators, typed: the only user of ``torch.ops.adamix`` in the project.
 
 Loads ``libadamix_ops.so`` beside this file (built by ``pip install .``), gives each operator a
-Python function and a fake kernel, so that it can be traced and compiled, and passes on the
-layout's constants and sizes from ``adamix._C``. The kernels' contracts stand in
+Python function and, by ``fake_ops.py``, a fake kernel, and passes on the layout's constants and
+sizes from ``adamix._C``. The kernels' contracts stand in
 ``csrc/<operator>/<operator>.h``, the packed layout in ``csrc/layout/packed_layout.h``. CUDA kernels
 run on torch's current stream, never synchronise, and so never look at values on the device.
 
@@ -45,6 +45,8 @@ if not LIBRARY.exists():
     raise ImportError(f"adamix is not built: {LIBRARY.name} is missing; run `pip install .`")
 torch.ops.load_library(LIBRARY)
 
+from adamix import fake_ops as fake_ops  # noqa: E402  needs the operators to be there
+
 __all__ = [
     "BLOCK_CODES",
     "LAYOUT_VERSION",
@@ -55,6 +57,8 @@ __all__ = [
     "TABLE_SCALE_OFFSET",
     "TABLE_U_OFFSET",
     "TABLE_V_OFFSET",
+    "delta_embedding",
+    "delta_embedding_",
     "delta_gemm",
     "delta_gemm_",
     "delta_gemm_layers",
@@ -225,6 +229,75 @@ def delta_gemm_segments_(
     )
 
 
+def delta_embedding(
+    tokens: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    max_rank: int | None = None,
+) -> Tensor:
+    """Every token's row of its own delta to an embedding ``[vocab_size, hidden_size]``:
+    ``y[t] = sum_k U_level[tokens[t], k] · scale[k] · V_level[k, :]``.
+
+    U ``[vocab_size, rank]`` and V ``[rank, hidden_size]`` are stored as for an output head, so one
+    delta serves both where they are tied: :func:`delta_gemm` with ``hidden_size`` inputs and
+    ``vocab_size`` outputs is the head. ``tokens`` int64 or int32 ``[...]``; ``arena``, ``table``,
+    ``slots`` (one a token) and ``max_rank`` as for :func:`delta_gemm`; ``dtype`` fp16, bf16 or
+    fp32. Returns ``[..., hidden_size]``: fp32 accumulation, one rounding.
+
+    A token below 0 or at ``vocab_size`` and beyond gets zeros, as one of the base does: rows of a
+    vocabulary that grew are stored whole, beside the delta, and whether a token is one at all is
+    the base's embedding to say.
+
+    ``w = U_level · scale`` is rounded to fp32. CUDA kernels then round it to 2^-23 of the largest
+    of its token and sum w · V in whole numbers, exactly, for any number of tokens: a token's result
+    does not depend on the tokens beside it. CUDA: at most 65536 components a slot and 524288
+    columns; tokens go in launches of 128.
+    """
+    y = torch.ops.adamix.delta_embedding.default(
+        tokens.reshape(tokens.numel()),
+        arena,
+        table,
+        slots,
+        vocab_size,
+        hidden_size,
+        dtype=dtype,
+        max_rank=max_rank,
+    )
+    return y.view(*tokens.shape, hidden_size)
+
+
+def delta_embedding_(
+    y: Tensor,
+    tokens: Tensor,
+    arena: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    *,
+    vocab_size: int,
+    max_rank: int | None = None,
+) -> None:
+    """Add every token's row to ``y`` in place: ``y = round(fp32(y) + row)``, one rounding.
+
+    ``y [..., hidden_size]`` fp16, bf16 or fp32 has the leading dimensions of ``tokens`` and lies as
+    in :func:`delta_gemm_`; where nothing is added it stays as it is, bit by bit. The rest is as for
+    :func:`delta_embedding`.
+    """
+    torch.ops.adamix.delta_embedding_.default(
+        _rows_of(y),
+        tokens.reshape(tokens.numel()),
+        arena,
+        table,
+        slots,
+        vocab_size,
+        max_rank=max_rank,
+    )
+
+
 def _as_tokens(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -232,115 +305,3 @@ def _as_tokens(x: Tensor) -> Tensor:
 def _rows_of(y: Tensor) -> Tensor:
     """Never a copy, unlike :func:`_as_tokens`: torch refuses a y whose tokens are no matrix."""
     return y.view(math.prod(y.shape[:-1]), y.shape[-1])
-
-
-# Fake kernels: shapes and dtypes without data, for tracing; sizes stay symbolic. What real kernels
-# check is left to them, except for devices that disagree: torch picks the fake kernel as soon as
-# one tensor is on "meta".
-
-
-def _one_device(op: str, **tensors: Tensor | Sequence[Tensor]) -> None:
-    """The first tensor says which."""
-    named: list[tuple[str, Tensor]] = []
-    for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            named.append((name, value))
-        else:
-            named += [(f"{name}[{i}]", tensor) for i, tensor in enumerate(value)]
-    first, place = named[0][0], named[0][1].device
-    for name, tensor in named:
-        if tensor.device != place:
-            raise RuntimeError(
-                f"{op}: {name} must be on the device of {first}, {place}, got {tensor.device}"
-            )
-
-
-@torch.library.register_fake("adamix::pack")
-def _(codes: Tensor, bits: int) -> Tensor:
-    blocks = (codes.shape[1] + BLOCK_CODES - 1) // BLOCK_CODES
-    return codes.new_empty(
-        (codes.shape[0], blocks * lane_words(BLOCK_CODES, bits)), dtype=torch.int32
-    )
-
-
-@torch.library.register_fake("adamix::unpack")
-def _(words: Tensor, bits: int, count: int) -> Tensor:
-    return words.new_empty((words.shape[0], count), dtype=torch.uint8)
-
-
-@torch.library.register_fake("adamix::gptq")
-def _(weight: Tensor, hinv: Tensor, bits: Tensor, scales: Tensor, by_row: bool) -> Tensor:
-    _one_device("gptq", weight=weight, hinv=hinv, bits=bits, scales=scales)
-    return weight.new_empty(weight.shape, dtype=torch.uint8)
-
-
-@torch.library.register_fake("adamix::delta_gemm")
-def _(
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    out_features: int,
-    *,
-    max_rank: int | None = None,
-) -> Tensor:
-    _one_device("delta_gemm", x=x, arena=arena, table=table, slots=slots)
-    return x.new_empty((x.shape[0], out_features))
-
-
-@torch.library.register_fake("adamix::delta_gemm.layers")
-def _(
-    x: Tensor,
-    arena: Tensor,
-    tables: list[Tensor],
-    slots: Tensor,
-    out_features: list[int],
-    *,
-    max_rank: int | None = None,
-) -> list[Tensor]:
-    _one_device("delta_gemm.layers", x=x, arena=arena, tables=tables, slots=slots)
-    return [x.new_empty((x.shape[0], out)) for out in out_features]
-
-
-@torch.library.register_fake("adamix::delta_gemm_")
-def _(
-    y: Tensor,
-    x: Tensor,
-    arena: Tensor,
-    table: Tensor,
-    slots: Tensor,
-    *,
-    max_rank: int | None = None,
-) -> None:
-    _one_device("delta_gemm_", x=x, y=y, arena=arena, table=table, slots=slots)
-
-
-@torch.library.register_fake("adamix::delta_gemm_.layers")
-def _(
-    ys: list[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    tables: list[Tensor],
-    slots: Tensor,
-    *,
-    max_rank: int | None = None,
-) -> None:
-    _one_device("delta_gemm_.layers", x=x, ys=ys, arena=arena, tables=tables, slots=slots)
-
-
-@torch.library.register_fake("adamix::delta_gemm_.segments")
-def _(
-    ys: list[Tensor],
-    x: Tensor,
-    arena: Tensor,
-    tables: list[Tensor],
-    token_indices: Tensor,
-    token_counts: Tensor,
-    token_starts: Tensor,
-    segment_slots: Tensor,
-    *,
-    max_rank: int | None = None,
-) -> None:
-    segments = {"token_indices": token_indices, "token_counts": token_counts}
-    segments |= {"token_starts": token_starts, "segment_slots": segment_slots}
-    _one_device("delta_gemm_.segments", x=x, ys=ys, arena=arena, tables=tables, **segments)

@@ -10,8 +10,8 @@
 #include "layout/packed_layout.h"
 #include "testing.h"
 
-// Deltas as plain numbers, the same packed into a bank, and what a product with one of them is in
-// double: for the tests of delta_gemm on either device.
+// Deltas as plain numbers, the same packed into a bank, and what a product with one of them, or a
+// row of one, is in double: for the tests of delta_gemm and delta_embedding on either device.
 namespace adamix::testing {
 
 using Counts = std::vector<int64_t>;  // components at 8, 7 .. 1 bits
@@ -141,11 +141,48 @@ inline Gain gain_of(const Bank& bank, int32_t slot, const float* x) {
   return gain;
 }
 
+// What a token's row of y gains from a delta to an embedding, U's lanes being of the vocabulary.
+struct RowGain {
+  std::vector<double> exact;
+  std::vector<double> magnitude;  // the same product of absolute values
+  std::vector<double> spread;     // what it would be, were all of |U scale| as the largest
+};
+
+// Plain loops in double; empty vectors where nothing is added.
+inline RowGain row_gain_of(const Bank& bank, int32_t slot, int64_t token) {
+  RowGain gain;
+  if (slot < 0 || slot >= bank.capacity() || bank.deltas[slot].rank() == 0) return gain;
+  if (token < 0 || token >= bank.out) return gain;
+  const Delta& delta = bank.deltas[slot];
+  const auto hidden = static_cast<size_t>(bank.in);
+  for (auto* sums : {&gain.exact, &gain.magnitude, &gain.spread}) sums->assign(hidden, 0.0);
+  double largest = 0;
+  for (size_t i = 0; i < delta.v.size(); ++i) {
+    largest = std::max(largest, std::abs(delta.u[i][token] * delta.scales[i]));
+  }
+  for (size_t i = 0; i < delta.v.size(); ++i) {
+    const double w = delta.u[i][token] * delta.scales[i];
+    for (size_t h = 0; h < hidden; ++h) {
+      gain.exact[h] += w * delta.v[i][h];
+      gain.magnitude[h] += std::abs(w * delta.v[i][h]);
+      gain.spread[h] += largest * std::abs(delta.v[i][h]);
+    }
+  }
+  return gain;
+}
+
 // Half the distance of neighbours, relative.
 template <typename T>
 constexpr double rounding_of() {
   if constexpr (std::is_same_v<T, float>) return 0x1p-24;
   return std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+}
+
+// What rounding to T may change; below the smallest normal half, halves lie as far apart as there.
+template <typename T>
+double rounding_at(double exact) {
+  const double least = std::is_same_v<T, Half> ? 0x1p-14 : 0x1p-126;
+  return rounding_of<T>() * std::max(std::abs(exact), least);
 }
 
 template <typename T>

@@ -121,6 +121,20 @@ def quantize_in_order(weight: ArrayLike, H: ArrayLike, bits: ArrayLike, scales: 
     return codes
 
 
+# --- an embedding's delta ----------------------------------------------------------------------
+
+
+def embedding_rows(tokens: list[int], U: ArrayLike, scales: ArrayLike, V: ArrayLike) -> Array:
+    """Row tokens[t] of U · diag(scales) · V, one sum of components a token; zeros where U `[vocab,
+    rank]` has no such row."""
+    U, scales, V = array(U), array(scales), array(V)
+    rows = np.zeros((len(tokens), V.shape[1]))
+    for t, token in enumerate(tokens):
+        if 0 <= token < U.shape[0]:
+            rows[t] = sum((U[token, k] * scales[k] * V[k] for k in range(len(scales))), rows[t])
+    return rows
+
+
 # --- packing, bit by bit from the comment of packed_layout.h ------------------------------------
 
 

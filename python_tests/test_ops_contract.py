@@ -13,7 +13,9 @@ from torch import Tensor
 from adamix import ops
 
 DEVICES = ("cpu", "cuda")
-OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS)
+EMBEDDINGS = ("delta_embedding", "delta_embedding_")
+OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS, *EMBEDDINGS)
+KEYWORDS = {"delta_embedding": {"dtype": torch.bfloat16}}
 IN, OUT, TOKENS = 40, 35, 6
 OUTS = [OUT, OUT, 20]
 SLOTS = [0, 2, -1, 1, 2, 7]
@@ -61,6 +63,8 @@ def arguments(operator: str, device: str = "cpu") -> list:
         "delta_gemm.layers": lambda: [*layers()[1:], routed()[2], OUTS],
         "delta_gemm_.layers": lambda: [*layers(), routed()[2]],
         "delta_gemm_.segments": lambda: [*layers(), *as_segments(SLOTS, 6, "cpu")],
+        "delta_embedding": lambda: [torch.arange(TOKENS), *routed(), OUT, IN],
+        "delta_embedding_": lambda: [torch.randn(TOKENS, IN), torch.arange(TOKENS), *routed(), OUT],
     }[operator]()
     return each_tensor(lambda t: t.to(device), made)
 
@@ -84,7 +88,7 @@ def raw(operator: str) -> Callable:
 
 def results(operator: str, args: list) -> list[Tensor]:
     """What the operator returns, or writes into its first argument."""
-    returned = raw(operator)(*args)
+    returned = raw(operator)(*args, **KEYWORDS.get(operator, {}))
     value = args[0] if returned is None else returned
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -94,7 +98,7 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def writes_into_an_argument(operator: str) -> bool:
-    return operator.startswith("delta_gemm_")
+    return operator.partition(".")[0].endswith("_")
 
 
 @pytest.fixture(
@@ -112,7 +116,7 @@ def operator(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 def test_opcheck(operator):
     name, device = operator
-    torch.library.opcheck(raw(name), arguments(name, device))
+    torch.library.opcheck(raw(name), arguments(name, device), KEYWORDS.get(name, {}))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -148,12 +152,12 @@ def test_fake_kernels_know_the_shapes_and_types():
         assert all(t.is_meta for t in fake)
 
 
-@pytest.mark.parametrize("overload", [*OVERLOADS, "gptq"])
+@pytest.mark.parametrize("overload", [*OVERLOADS, *EMBEDDINGS, "gptq"])
 def test_tensors_on_two_devices_are_refused(device, overload):
     """On the CPU by the fake kernel, which torch picks as soon as one tensor is on "meta"."""
     elsewhere = "meta" if device == "cpu" else "cpu"
     args = arguments(overload, device)
-    first = 1 if writes_into_an_argument(overload) else 0  # x or weight: the others follow it
+    first = 1 if writes_into_an_argument(overload) else 0  # x, tokens or weight: others follow
     for place, arg in enumerate(args):
         if isinstance(arg, Tensor):
             moved = arg.to(elsewhere)
@@ -162,9 +166,9 @@ def test_tensors_on_two_devices_are_refused(device, overload):
         else:
             continue
         places = (elsewhere, device) if place == first else (device, elsewhere)
-        words = r"^{}: \S+ must be on the device of (x|weight), {}(:0)?, got {}"
+        words = r"^{}: \S+ must be on the device of (x|tokens|weight), {}(:0)?, got {}"
         with pytest.raises(RuntimeError, match=words.format(overload, *places)):
-            raw(overload)(*args[:place], moved, *args[place + 1 :])
+            results(overload, [*args[:place], moved, *args[place + 1 :]])
 
 
 def test_a_device_without_a_kernel_is_torchs_own_error():

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cpu_context.h"
 #include "bindings/delta_gemm_overloads.h"
 #include "bitpack/bitpack.h"
 #include "common/float16.h"
@@ -12,16 +13,11 @@
 
 // The CPU kernels behind the operators: check, allocate, launch. Here data may be looked at too, so
 // values that a kernel could not survive (codes wider than their lane, a table that points out of
-// the arena) get a sentence as well.
+// the arena) get a sentence as well. delta_embedding is in cpu_delta_embedding.cpp.
 namespace adamix::bindings {
 namespace {
 
 using torch::stable::contiguous;
-
-// torch's own thread pool: torch.set_num_threads rules.
-void torch_for(int64_t n, int64_t grain, const RangeBody& body) {
-  torch::stable::parallel_for(0, n, grain, body);
-}
 
 Tensor pack(const Tensor& codes, int64_t bits) {
   check_pack(codes, bits);
@@ -63,59 +59,18 @@ Tensor gptq(const Tensor& weight, const Tensor& hinv, const Tensor& bits, const 
   return codes;
 }
 
-// `count` runs of `words` words from `offset` on lie inside an arena; written so that nothing
-// overflows.
-bool fits(int64_t offset, int64_t words, int64_t count, int64_t arena_words) {
-  return offset >= 0 && offset <= arena_words && count >= 0 &&
-         (words == 0 || count <= (arena_words - offset) / words);
-}
-
-// Whether both factors and the scales of a slot lie inside the arena.
-bool slot_fits(const int64_t* entry, int64_t in, int64_t out, int64_t arena_words) {
-  int64_t v = entry[kTableVOffset], u = entry[kTableUOffset], scale = entry[kTableScaleOffset];
-  for (int bits = kMaxBits; bits >= 1; --bits) {
-    const int64_t count = entry[kTableFirstCount + kMaxBits - bits];
-    const int64_t v_lane = lane_words(in, bits), u_lane = lane_words(out, bits);
-    if (!fits(v, v_lane, count, arena_words) || !fits(u, u_lane, count, arena_words) ||
-        !fits(scale, 1, count, arena_words)) {
-      return false;
-    }
-    v += v_lane * count;
-    u += u_lane * count;
-    scale += count;
-  }
-  return true;
-}
-
-// One slot a token, with values that can be looked at.
-struct Routes {
-  const int32_t* slots;
-  int64_t tokens;
-};
-
+// A matrix of delta_gemm.
 struct Layer {
-  std::string table_name;  // in sentences
-  Tensor table;            // contiguous
+  CheckedBank bank;
   const Tensor& y;
 };
 
-void check_slots_in_use(const DeltaGemmInputs& inputs, const Layer& layer, Routes routes,
-                        int64_t max_rank) {
-  const auto table = const_view<int64_t>(layer.table);
-  const int64_t in = inputs.x.size(1), out = layer.y.size(1), words = inputs.arena.size(0);
-  std::vector<bool> checked(static_cast<size_t>(table.rows), false);
-  for (int64_t token = 0; token < routes.tokens; ++token) {
-    const int64_t slot = routes.slots[token];
-    if (slot < 0 || slot >= table.rows || checked[slot]) continue;
-    checked[slot] = true;
-    ADAMIX_CHECK(slot_fits(table.row(slot), in, out, words), inputs.op, ": ", layer.table_name,
-                 " row ", slot, " does not fit: its offsets and counts, for ", in, " inputs and ",
-                 out, " outputs, lead out of the arena of ", words, " words");
-    const int64_t rank = component_count(table.row(slot) + kTableFirstCount);
-    ADAMIX_CHECK(rank <= max_rank, inputs.op, ": ", layer.table_name, " row ", slot, " has ", rank,
-                 " components, more than max_rank, ", max_rank,
-                 " (where none is given: the larger of in and out)");
-  }
+Layer layer_of(const DeltaGemmInputs& inputs, size_t i, const Tensor& y) {
+  const int64_t in = inputs.x.size(1), out = y.size(1);
+  return {{inputs.op, name_in_list("table", i, inputs.tables), contiguous(inputs.tables[i]),
+           inputs.arena.size(0), in, out,
+           std::to_string(in) + " inputs and " + std::to_string(out) + " outputs", "in and out"},
+          y};
 }
 
 // Everything is checked but the values. Those of all layers come before the first y changes.
@@ -123,9 +78,8 @@ void add_deltas(const DeltaGemmInputs& inputs, const Tensors& ys, Routes routes)
   const int64_t max_rank = rank_bound(inputs, ys);
   std::vector<Layer> layers;
   for (size_t i = 0; i < ys.size(); ++i) {
-    layers.push_back(
-        {name_in_list("table", i, inputs.tables), contiguous(inputs.tables[i]), ys[i]});
-    check_slots_in_use(inputs, layers.back(), routes, max_rank);
+    layers.push_back(layer_of(inputs, i, ys[i]));
+    check_slots_in_use(layers.back().bank, routes, max_rank);
   }
   const Tensor x = with_adjacent_rows(inputs.x), arena = contiguous(inputs.arena);
   const auto* words = static_cast<const uint32_t*>(arena.const_data_ptr());
@@ -133,7 +87,7 @@ void add_deltas(const DeltaGemmInputs& inputs, const Tensors& ys, Routes routes)
     using T = decltype(element);
     for (const Layer& layer : layers) {
       delta_gemm_cpu<T>({mutable_view<T>(layer.y), const_view<T>(x), words,
-                         const_view<int64_t>(layer.table), routes.slots},
+                         const_view<int64_t>(layer.bank.table), routes.slots},
                         torch_for);
     }
   };

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include "bindings/tensor_args.h"
+#include "delta_gemm/delta_gemm_cuda.h"
 
 // Where a CUDA binding launches: torch's current stream on the tensor's device, with CUDA's errors
 // in words.
@@ -48,5 +49,17 @@ class DeviceGuard {
   int previous_ = 0;
   bool differs_ = false;  // to set a device again would wake one that nobody uses
 };
+
+inline Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return Element::kHalf;
+    case ScalarType::BFloat16: return Element::kBFloat16;
+    default: return Element::kFloat;
+  }
+}
+
+inline const int32_t* ints(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
 
 }  // namespace adamix::bindings

@@ -12,18 +12,6 @@ namespace {
 
 using torch::stable::contiguous;
 
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half: return Element::kHalf;
-    case ScalarType::BFloat16: return Element::kBFloat16;
-    default: return Element::kFloat;
-  }
-}
-
-const int32_t* ints(const Tensor& tensor) {
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
-
 // Adds the delta to ys; what routes point to is kept by the caller.
 void launch(const DeltaGemmInputs& inputs, const Tensors& ys, const TokenRoutes& routes) {
   const auto& [op, x, arena, tables, given_rank] = inputs;
@@ -49,7 +37,7 @@ void launch(const DeltaGemmInputs& inputs, const Tensors& ys, const TokenRoutes&
                                        static_cast<const int64_t*>(entries[i].const_data_ptr())};
   }
   if (args.layer_count == 0) return;
-  args.element = element_of(x);
+  args.element = element_of(x.scalar_type());
   args.x = rows.const_data_ptr();
   args.x_row_stride = rows.stride(0);
   args.tokens = tokens;

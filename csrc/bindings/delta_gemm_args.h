@@ -45,10 +45,7 @@ inline Arg beside_x(const DeltaGemmInputs& inputs, const char* name, const Tenso
 
 inline void check_inputs(const DeltaGemmInputs& inputs) {
   const auto& [op, x, arena, tables, max_rank] = inputs;
-  const ScalarType dtype = x.scalar_type();
-  ADAMIX_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
-      ": x must be float16, bfloat16 or float32, got ", dtype_name(dtype));
+  check_float(op, "x", x.scalar_type());
   Arg{op, "x", x}.has_rank(2, "[tokens, in]");
   beside_x(inputs, "arena", arena).has_dtype(ScalarType::Int).has_rank(1, "[words]");
   ADAMIX_CHECK(tables.size() >= 1 && tables.size() <= size_t{kMaxLayers}, op,
@@ -61,7 +58,7 @@ inline void check_inputs(const DeltaGemmInputs& inputs) {
         .has_size(1, kTableColumns, "columns of a table")
         .has_size(0, tables[0].size(0), "capacity of tables[0]");
   }
-  ADAMIX_CHECK(max_rank.value_or(0) >= 0, op, ": max_rank must not be negative, got ", *max_rank);
+  check_max_rank(op, max_rank);
 }
 
 inline void check_one_a_table(const DeltaGemmInputs& inputs, const char* name, size_t count) {
@@ -86,11 +83,7 @@ inline void check_outputs(const DeltaGemmInputs& inputs, const Tensors& ys) {
         .has_dtype(inputs.x.scalar_type())
         .has_rank(2, "[tokens, out]")
         .has_size(0, inputs.x.size(0), "tokens of x");
-    ADAMIX_CHECK(y.size(1) <= 1 || y.stride(1) == 1, inputs.op, ": ", name,
-                 " must have adjacent elements in a row (stride 1), got stride ", y.stride(1));
-    ADAMIX_CHECK(y.size(0) <= 1 || y.stride(0) >= y.size(1), inputs.op, ": rows of ", name,
-                 " must not overlap: expected a row stride of at least ", y.size(1), ", got ",
-                 y.stride(0));
+    check_rows_to_add_to({inputs.op, name.c_str(), y});
   }
 }
 

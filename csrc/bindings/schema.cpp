@@ -2,7 +2,7 @@
 
 // Every operator's signature. What the arguments mean stands in the header of the kernel
 // (csrc/<operator>/), what callers may pass in adamix/ops.py. Kernels register themselves per
-// device in cpu.cpp and cuda.cpp.
+// device in cpu*.cpp and cuda*.cpp.
 STABLE_TORCH_LIBRARY(adamix, m) {
   // codes uint8 [lanes, n] -> words int32 [lanes, lane_words(n, bits)]
   m.def("pack(Tensor codes, int bits) -> Tensor");
@@ -32,4 +32,13 @@ STABLE_TORCH_LIBRARY(adamix, m) {
       "delta_gemm_.segments(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor[] tables, "
       "Tensor token_indices, Tensor token_counts, Tensor token_starts, Tensor segment_slots, *, "
       "int? max_rank=None) -> ()");
+  // tokens int64 or int32 [tokens], the rest as above; rows of U · diag(scale) · V [vocab_size,
+  // hidden_size] -> [tokens, hidden_size] of dtype
+  m.def(
+      "delta_embedding(Tensor tokens, Tensor arena, Tensor table, Tensor slots, int vocab_size, "
+      "int hidden_size, *, ScalarType dtype, int? max_rank=None) -> Tensor");
+  // the same, added to y [tokens, hidden_size] in fp32 and rounded once
+  m.def(
+      "delta_embedding_(Tensor(a!) y, Tensor tokens, Tensor arena, Tensor table, Tensor slots, "
+      "int vocab_size, *, int? max_rank=None) -> ()");
 }

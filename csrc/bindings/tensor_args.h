@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -59,6 +60,13 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
+// What deltas are added to, and multiplied with.
+inline void check_float(const char* op, const char* name, ScalarType dtype) {
+  ADAMIX_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+      ": ", name, " must be float16, bfloat16 or float32, got ", dtype_name(dtype));
+}
+
 inline std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i)
@@ -102,6 +110,20 @@ struct Arg {
     return *this;
   }
 };
+
+// y, where a kernel adds to it row by row.
+inline void check_rows_to_add_to(const Arg& y) {
+  const Tensor& rows = y.tensor;
+  ADAMIX_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, y.op, ": ", y.name,
+               " must have adjacent elements in a row (stride 1), got stride ", rows.stride(1));
+  ADAMIX_CHECK(rows.size(0) <= 1 || rows.stride(0) >= rows.size(1), y.op, ": rows of ", y.name,
+               " must not overlap: expected a row stride of at least ", rows.size(1), ", got ",
+               rows.stride(0));
+}
+
+inline void check_max_rank(const char* op, std::optional<int64_t> max_rank) {
+  ADAMIX_CHECK(max_rank.value_or(0) >= 0, op, ": max_rank must not be negative, got ", *max_rank);
+}
 
 inline void check_bits(const char* op, int64_t bits) {
   ADAMIX_CHECK(bits >= 1 && bits <= kMaxBits, op, ": bits must be 1..", kMaxBits, ", got ", bits);

@@ -54,6 +54,7 @@ struct DeltaGemmCudaArgs {
   int64_t capacity;  // slots of every table
   TokenRoutes routes;
   int64_t max_rank;  // a slot with more components counts as empty
+  bool up_by_v;      // y += V z in place of U z, z being in the scratch already: delta_embedding
   // Scratch
   void* scratch;  // delta_gemm_scratch_bytes(args), aligned to 256 bytes
 };

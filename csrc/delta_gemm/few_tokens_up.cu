@@ -49,7 +49,8 @@ class Up {
     layer_ = part.layer;
     entry_ = &entry;
     out_ = args_.layers[layer_].out;
-    factor_ = make_factor(args_.arena + entry.u_offset, entry.counts, out_);
+    const int64_t offset = args_.up_by_v ? entry.v_offset : entry.u_offset;
+    factor_ = make_factor(args_.arena + offset, entry.counts, out_);
     tokens_ = {shared_.routes.group_token[part.group][0],
                shared_.routes.group_token[part.group][1]};
     const bool one = tokens_.id[1] < 0;

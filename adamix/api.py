@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ SLOTS = 8
 LEAST_RATIO = 15  # room for deltas of 1/16 and what aligning and tables add
 LEAST_BITS = 2  # a component's, both factors: what bounds how many 1 bit a weight can pay for
 MOST_SLOTS = 1024
-VERIFY = {"sampled": "sampled", "full": "sha256", None: None}
+VERIFY = {"sampled": "sampled", "full": "sha256", None: ""}  # keys of a fingerprint
 
 
 def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | None = None, *,
@@ -85,19 +85,12 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
     routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
     installed = _install(plan, places, routing, memory)
 
-    def check(delta: ModelDelta, name: str) -> None:
-        if verify is not None and fingerprint() != delta.manifest.fingerprint[VERIFY[verify]]:
-            raise FingerprintError(
-                f"{name} was made from another base: its tensors hash to "
-                f"{delta.manifest.fingerprint[VERIFY[verify]][:16]}…, this model's to "
-                f"{fingerprint()[:16]}…")
-
     def detach() -> None:
         while installed:
             uninstall(installed.pop())
 
     bank = DeltaBank(places, routing, memory, slots=slots, host_bytes=host_bytes, read=read_delta,
-                     check=check, detach=detach)
+                     check=partial(_check_base, fingerprint, verify), detach=detach)
     try:
         for name, delta in (deltas or {}).items():
             folder = None if isinstance(delta, ModelDelta) else Path(delta)
@@ -130,6 +123,16 @@ def _fingerprint(model: nn.Module, base: str | Path | None, verify: str | None
         raise BankError(f"what the model was loaded from cannot be read, so no delta can be "
                         f"compared with it ({error}): pass base=FOLDER, or verify=None") from error
     return cache(lambda: fingerprint_of(checkpoint, full=verify == "full")[VERIFY[verify]])
+
+
+def _check_base(fingerprint: Callable[[], str], verify: str | None, delta: ModelDelta, name: str
+                ) -> None:
+    if verify is None:
+        return
+    ours, theirs = fingerprint(), delta.manifest.fingerprint[VERIFY[verify]]
+    if ours != theirs:
+        raise FingerprintError(f"{name} was made from another base: its tensors hash to "
+                               f"{theirs[:16]}…, this model's to {ours[:16]}…")
 
 
 def _sizes(places: Places, slots: int | None, capacity_bytes: int | None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from adamix.artifacts import ModelDelta
-from adamix.errors import BankError
+from adamix.errors import AdamixError, BankError
 from adamix.serving.arena import aligned
 from adamix.serving.image import DeltaImage, Places, make_image
 from adamix.serving.memory import Memory, Resident
@@ -195,10 +195,22 @@ class DeltaBank:
         return Route(self, before)
 
     def _apply(self, names: Iterable[str | None], by_token: bool) -> None:
+        """Switch the route; where that fails, back to the one before: its slots may be others'."""
         names = tuple(names)
+        for name in names:
+            if name is not None:
+                self._find(name)
+        try:
+            self._switch(names, by_token)
+        except AdamixError:
+            try:
+                self._switch(*self._route)
+            except AdamixError:
+                self._switch((None,), False)
+            raise
+
+    def _switch(self, names: tuple[str | None, ...], by_token: bool) -> None:
         wanted = list(dict.fromkeys(name for name in names if name is not None))
-        for name in wanted:
-            self._find(name)
         for name in wanted:
             here = name in self._resident
             self._count(hits=int(here), misses=int(not here))

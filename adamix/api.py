@@ -44,13 +44,12 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
            base: str | Path | None = None, verify: str | None = "sampled") -> DeltaBank:
     """Let every row of a model's batches be answered by a fine-tune of its own.
 
-    Linear layers, embeddings and norms stay where they are and add to the base's output what the
-    row's fine-tune changes (README, Serving). All memory that this takes on the device is
-    allocated here.
+    Its layers stay where they are and add to the base's output what the row's fine-tune changes.
+    All memory that this takes on the device is allocated here.
 
     Args:
-        model: a transformers model, or another of linear layers, embeddings and norms, loaded on
-            one device in fp32, bf16 or fp16; for inference.
+        model: of transformers, or of linear layers, embeddings and norms otherwise; on one device,
+            in fp32, bf16 or fp16; for inference.
         deltas: fine-tunes to load at once by name; there is room for them unless the next three
             say otherwise.
         slots: fine-tunes on the device at a time, at most. Default: 8, or as many as

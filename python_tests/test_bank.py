@@ -16,7 +16,7 @@ from adamix.serving.image import words_of
 
 OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_")
 IDS = torch.arange(3, 12)[None]
-ROOM = {"max_rank": 32, "capacity_bytes": 1 << 20}
+ROOM = {"max_rank": 64, "capacity_bytes": 1 << 20}
 
 
 class Models:

@@ -148,13 +148,25 @@ def test_merge_writes_a_checkpoint_that_generate_can_use(tmp_path):
     assert body["bytes"] == (out / "model.safetensors").stat().st_size
     assert body["dtype"] == "float32" and body["rounding_error"] == 0
     options = ["--max-new-tokens", "6", "--json"]
-    routed = json_of(call("generate", pair.base, "ab", "cd ef", "--delta", pair.delta, *options))
+    added = json_of(call("generate", pair.base, "ab", "cd ef", "--delta", pair.delta, *options))
     merged = json_of(call("generate", out, "ab", "cd ef", *options))
-    assert routed == merged and [g["prompt"] for g in routed["generations"]] == ["ab", "cd ef"]
+    assert [g["text"] for g in added["generations"]] == [g["text"] for g in merged["generations"]]
+    assert [g["prompt"] for g in added["generations"]] == ["ab", "cd ef"]
     printed = call("generate", out, "ab", "--max-new-tokens", "6").stdout
     assert printed == f"ab{merged['generations'][0]['text']}\n"
     printed = call("merge", pair.base, pair.delta, "-o", tmp_path / "half").stdout
     assert "rounding to bfloat16 adds" in printed and "of ‖Δ̂‖²" in printed
+
+
+def test_generate_names_its_models():
+    pair, options = compressed_pair(), ["--max-new-tokens", "4"]
+    deltas = ["--delta", f"x={pair.delta}", "--delta", pair.delta]
+    lines = call("generate", pair.base, "ab", *deltas, "--with-base", *options).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["[base]", "[x]", "[delta]"]
+    body = json_of(call("generate", pair.base, "ab", *deltas, *options, "--json"))
+    assert [g["finetune"] for g in body["generations"]] == ["x", "delta"]
+    twice = call("generate", pair.base, "ab", "--delta", pair.delta, "--delta", pair.delta)
+    assert twice.exit_code == 2 and "two deltas are called delta" in twice.output
 
 
 def test_sampling_follows_the_seed():

@@ -36,16 +36,15 @@ def test_a_prompt_a_model():
 
 def test_one_model_takes_any_number_of_prompts():
     pair = compressed_pair()
-    got = texts(pair.base, {"x": pair.delta}, ["ab", "c", "def"])
-    assert got == [texts(pair.base, {"x": pair.delta}, [prompt])[0] for prompt in ("ab", "c", "def")]
+    prompts, deltas = ["ab", "c", "def"], {"x": pair.delta}
+    alone = [texts(pair.base, deltas, [prompt])[0] for prompt in prompts]
+    assert texts(pair.base, deltas, prompts) == alone
 
 
 def test_other_numbers_of_prompts_are_refused():
     pair = compressed_pair()
     with pytest.raises(AdamixError, match="2 models take 1 prompt or 2, got 3"):
         generate(pair.base, {"x": pair.delta, "y": pair.delta}, ["a", "b", "c"])
-    with pytest.raises(AdamixError, match="an empty prompt"):
-        generate(compressed_pair("tied").base, {}, [""])
 
 
 def test_a_grown_vocabulary_answers_alone_but_cannot_be_routed():
@@ -63,7 +62,8 @@ def test_every_models_end_tokens_end_an_answer(tmp_path):
         f'{{"eos_token_id": {list(range(4, 128))}, "pad_token_id": 0}}')
     long = generate(pair.base, {"x": pair.delta, "y": pair.delta}, ["ab"], **OPTIONS)
     short = generate(pair.base, {"x": folder, "y": pair.delta}, ["ab"], **OPTIONS)
-    assert all(len(a.text) > 1 for a in long) and all(len(a.text) <= len("<spare100>") for a in short)
+    assert all(a.text.startswith(b.text) and len(a.text) > len(b.text)
+               for a, b in zip(long, short, strict=True))
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(DeltaFileError, match="generation_config.json cannot be read"):
         generate(pair.base, {"x": folder, "y": pair.delta}, ["ab"], **OPTIONS)

@@ -186,6 +186,16 @@ def test_the_host_keeps_what_fits_and_reads_the_rest_again():
     assert bank.metrics.reads == 5 and bank.metrics.read_seconds > 0
 
 
+def test_one_delta_under_several_names_is_on_the_host_once():
+    models = Models(slots=3)
+    for name in ("f0", "x", "y"):
+        models.bank.load(name, models.deltas["f0"])
+        models.exact[name] = models.exact["f0"]
+    images = {id(known.image) for known in models.bank._known.values()}
+    assert len(images) == 1 and len(models.bank.resident) == 3
+    models.route("y", "x", None, "f0")
+
+
 def test_a_prefetched_fine_tune_waits_on_the_device():
     models = Models(slots=2)
     models.load("f0", "f1", "f2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class _Known:
 
     path: Path | None
     image: DeltaImage | None
+    delta: Callable[[], ModelDelta | None]  # the one in memory that it was made of, while that is
     pinned: bool = False
 
 
@@ -113,7 +115,8 @@ class DeltaBank:
 
         Args:
             name: what `route` calls it.
-            delta: a delta folder, or one in memory.
+            delta: a delta folder, or one in memory; the same one under several names is on the
+                host once.
             pin: keep it on the device until `unpin`.
             source: the folder of a delta in memory, to be read again when the host has no room.
 
@@ -123,12 +126,13 @@ class DeltaBank:
         """
         in_memory = delta if isinstance(delta, ModelDelta) else None
         path = source if isinstance(delta, ModelDelta) else Path(delta)
-        image = self._image(name, path, in_memory)
+        image = self._same_image(in_memory) or self._image(name, path, in_memory)
         self._check_size(name, image)
         was_routed = name in self._route[0]
         if name in self._resident:
             self._evict(name)
-        self._known[name] = _Known(path, image, pin)
+        made_of = weakref.ref(in_memory) if in_memory is not None else lambda: None
+        self._known[name] = _Known(path, image, made_of, pin)
         self._bring(name, keep={name, *self._route[0]})
         if was_routed:
             self._apply(*self._route)
@@ -215,8 +219,7 @@ class DeltaBank:
             here = name in self._resident
             self._count(hits=int(here), misses=int(not here))
             self._bring(name, keep=set(wanted))
-            if not self._resident[name].active:
-                self._memory.show(self._resident[name])
+            self._memory.show(self._resident[name])
             self._resident.move_to_end(name)
         slots = {name: self._resident[name].slot for name in wanted}
         self._routing.write([BASE if name is None else slots[name] for name in names],
@@ -270,6 +273,12 @@ class DeltaBank:
 
     # --- the host's side
 
+    def _same_image(self, delta: ModelDelta | None) -> DeltaImage | None:
+        for known in self._known.values():
+            if delta is not None and known.delta() is delta:
+                return known.image
+        return None
+
     def _image(self, name: str, path: Path | None, delta: ModelDelta | None) -> DeltaImage:
         """From the delta where there is one in memory, else from its folder."""
         start = time.perf_counter()
@@ -291,12 +300,12 @@ class DeltaBank:
         """Keep what the host holds within its limit; what has no folder to be read again stays."""
         if self._host_bytes is None:
             return
-        held = sum(known.image.nbytes for known in self._known.values() if known.image is not None)
         for known in self._known.values():
+            images = {id(one.image): one.image for one in self._known.values()}
+            held = sum(image.nbytes for image in images.values() if image is not None)
             if held <= self._host_bytes:
                 return
-            if known.image is not None and known.path is not None:
-                held -= known.image.nbytes
+            if known.path is not None:
                 known.image = None
 
     def _count(self, **more: float) -> None:

@@ -22,9 +22,8 @@ class Resident:
     slot: int
     begin: int  # of its extent in the arena
     words: int
-    image: DeltaImage
-    copied: torch.cuda.Event | None  # None: the tables show it already
-    active: bool = False
+    image: DeltaImage | None  # until the tables show it
+    copied: torch.cuda.Event | None  # None on the CPU
 
 
 class Memory:
@@ -67,17 +66,19 @@ class Memory:
 
     def show(self, resident: Resident) -> None:
         """From here on the current stream sees the delta in its slot."""
+        image = resident.image
+        if image is None:
+            return
         if resident.copied is not None:
             torch.cuda.current_stream(self.tables.device).wait_event(resident.copied)
-            resident.copied = None
-        table = resident.image.table.clone()
+        table = image.table.clone()
         table[:, OFFSETS] += resident.begin
         if self.tables.is_cuda:
             table = table.pin_memory()
         self.tables[:, resident.slot].copy_(table, non_blocking=True)
-        for dtype, values in resident.image.values.items():
+        for dtype, values in image.values.items():
             self.values[dtype][resident.slot].copy_(values, non_blocking=True)
-        resident.active = True
+        resident.image = None
 
     def clear(self, resident: Resident) -> None:
         """From here on the current stream sees an empty slot."""

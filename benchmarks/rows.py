@@ -59,8 +59,34 @@ class Row:
         return self.op, self.shape, self.models, self.tokens, self.dtype, self.bits, self.impl
 
 
-FIELDS = [field.name for field in dataclasses.fields(Row)]
-TYPES = typing.get_type_hints(Row)
+@dataclass(frozen=True)
+class ServingRow:
+    """A whole model with so many fine-tunes, a row of the batch each; times are medians in ms."""
+
+    model: str
+    layers: int
+    dtype: str
+    finetunes: int
+    impl: str  # "adamix", or what stands beside it
+    path: str = ""  # how steps ran: CUDA graph or eager, compiled or not
+    prompt: int | None = None  # tokens a row
+    decode_ms: float | None = None  # a token of every row
+    decode_ms_min: float | None = None
+    decode_ms_max: float | None = None
+    tokens_per_s: float | None = None  # of all rows
+    prefill_ms: float | None = None  # the prompts of all rows
+    model_gb: float | None = None  # of one model's weights
+    weights_gb: float | None = None  # on the device: all models, or base and bank
+    cache_gb: float | None = None  # keys and values
+    peak_gb: float | None = None  # allocated at most, activations included
+    load_s: float | None = None  # to read and lay out one fine-tune on the host
+    error: float | None = None  # logits of rows in the batch and alone, of the largest
+    replays: int | None = None
+    note: str = ""
+    device: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
 
 
 def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
@@ -68,7 +94,7 @@ def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float
     return max(moved / (copy_gb_per_s * 1e3), flops / (tflop_per_s * 1e6))
 
 
-def append_row(path: Path, row: Row) -> None:
+def append_row(path: Path, row: Row | ServingRow) -> None:
     """Add a row to a CSV file, under a header if the file is new.
 
     Raises:
@@ -77,34 +103,41 @@ def append_row(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
-        check_header(path)
+        check_header(path, type(row))
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(FIELDS)
+            writer.writerow(_fields(type(row)))
         writer.writerow([_cell(value) for value in dataclasses.astuple(row)])
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, kind: type[Row] | type[ServingRow] = Row) -> None:
     with path.open(newline="") as file:
         header = next(csv.reader(file), [])
-    if header != FIELDS:
+    if header != _fields(kind):
         raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
 
 
-def read_rows(paths: Iterable[Path]) -> list[Row]:
+RowKind = typing.TypeVar("RowKind", Row, ServingRow)
+
+
+def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]:
     """All rows of CSV files, in order.
 
     Raises:
         ValueError: a file has other columns.
     """
-    rows = []
+    rows, types_of = [], typing.get_type_hints(kind)
     for path in paths:
-        check_header(path)
+        check_header(path, kind)
         with path.open(newline="") as file:
-            rows += [Row(**{name: _value(name, cell) for name, cell in record.items()})
+            rows += [kind(**{name: _value(types_of[name], cell) for name, cell in record.items()})
                      for record in csv.DictReader(file)]
     return rows
+
+
+def _fields(kind: type[Row] | type[ServingRow]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[object, ...], Row]:
@@ -139,8 +172,7 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _value(name: str, cell: str) -> str | int | float | None:
-    kind = TYPES[name]
+def _value(kind: object, cell: str) -> str | int | float | None:
     if kind is str:
         return cell
     inner = next(t for t in typing.get_args(kind) if t is not types.NoneType)

@@ -202,6 +202,11 @@ TEST_F(DeltaEmbeddingCuda, AnyNumberOfTokens) {
   }
 }
 
+TEST_F(DeltaEmbeddingCuda, AWideTokenIsNotCutTo32Bits) {
+  constexpr int64_t kWide = int64_t{1} << 32;
+  check<float>({mixed_bank(40, 30), {kWide, 3, kWide + 3, 3 - kWide}, {0, 0, 0, 0}});
+}
+
 // More than the warps of a token have in one turn, and than up has in shared memory.
 TEST_F(DeltaEmbeddingCuda, ManyComponents) {
   Bank bank{280, 300, 4};

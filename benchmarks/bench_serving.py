@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import adamix
+from adamix.serving.image import words_of
 
 FINETUNES = (1, 2, 4, 8, 12, 16, 32, 64)
 IMPLS = ("adamix", "base", "LoRA", "separate models")
@@ -122,9 +123,8 @@ class Bench:
     def adamix(self) -> None:
         most = max(self.args.finetunes)
         drawn = [random_finetune(self.base, seed) for seed in range(min(DISTINCT, most))]
-        each = max(delta.nbytes for delta in drawn)
-        bank = adamix.attach(self.base, verify=None, slots=most,
-                             capacity_bytes=int(most * each * 1.01), max_rank=self.args.max_rank)
+        bank = adamix.attach(self.base, verify=None, slots=most, max_rank=self.args.max_rank,
+                             capacity_bytes=most * 4 * max(map(words_of, drawn)))
         for count in sorted(self.args.finetunes):
             names = [f"{i}" for i in range(count)]
             for name in names[len(bank.names):]:

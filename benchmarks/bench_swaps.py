@@ -21,6 +21,7 @@ from serving_models import MODELS, Sequences, random_finetune, random_model
 from torch import Tensor
 
 import adamix
+from adamix.serving.image import words_of
 
 SPARE = 20  # names that have no place on the device, at any time
 
@@ -77,7 +78,7 @@ def main() -> None:
     model = random_model(args.model, args.layers, torch.bfloat16, args.device)
     drawn = [random_finetune(model, seed) for seed in range(args.drawn)]
     bank = adamix.attach(model, verify=None, slots=args.resident,
-                         capacity_bytes=int(args.resident * max(d.nbytes for d in drawn) * 1.01))
+                         capacity_bytes=args.resident * 4 * max(map(words_of, drawn)))
     names = [f"{i}" for i in range(args.resident + SPARE)]
     start = time.perf_counter()
     for i, name in enumerate(names):

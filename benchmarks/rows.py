@@ -175,5 +175,5 @@ def _cell(value: object) -> str:
 def _value(kind: object, cell: str) -> str | int | float | None:
     if kind is str:
         return cell
-    inner = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    inner = next((t for t in typing.get_args(kind) if t is not types.NoneType), kind)
     return inner(cell) if cell else None

@@ -1,0 +1,126 @@
+"""The serving benchmarks as they run on a GPU, on a tiny model; times are not looked at."""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import one_thread as one_thread
+
+import adamix
+from adamix.serving.bank import DeltaBank
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+rows, serving_models, bench, swaps = map(
+    importlib.import_module, ("rows", "serving_models", "bench_serving", "bench_swaps"))
+
+
+def options(**changes):
+    usual = {"model": "tiny", "layers": None, "finetunes": [1, 3], "prompt": 12, "dtype": "float32",
+             "device": "cpu", "max_rank": None, "compile": False, "minutes": float("inf"),
+             "csv": None}
+    return argparse.Namespace(**(usual | changes))
+
+
+def test_every_way_to_serve_is_measured_and_rows_survive_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda call, count, device: one_call(call))
+    monkeypatch.setattr(serving_models, "measure", lambda call, count, device: one_call(call))
+    run = bench.Bench(options(csv=tmp_path / "rows.csv"))
+    for way in (run.adamix, run.base_alone, run.separate):
+        way()
+    read = rows.read_rows([tmp_path / "rows.csv"], rows.ServingRow)
+    assert [(row.impl, row.finetunes) for row in read] == [
+        ("adamix", 1), ("adamix", 3), ("base", 1), ("base", 3),
+        ("separate models", 1), ("separate models", 3)]
+    for row in read:
+        assert row.decode_ms == 2.0 and row.tokens_per_s == 500 * row.finetunes and not row.note
+        assert (row.prompt, row.layers, row.path) == (12, 2, "eager")
+    assert all(row.error < 1e-5 for row in read[:2])
+    one, three = (row.weights_gb for row in read[4:])
+    assert three == pytest.approx(3 * one, rel=1e-3) and read[2].weights_gb == read[3].weights_gb
+
+
+def one_call(call):
+    call()
+    return serving_models.Times(2.0, 1.0, 3.0, 5)
+
+
+def test_files_of_other_columns_are_refused(tmp_path):
+    run = bench.Bench(options())
+    rows.append_row(tmp_path / "rows.csv", run.row)
+    with pytest.raises(ValueError, match="other columns"):
+        rows.read_rows([tmp_path / "rows.csv"])
+    assert rows.read_rows([tmp_path / "rows.csv"], rows.ServingRow)[0].model == "tiny"
+    assert {field.name for field in dataclasses.fields(rows.ServingRow)} > {"decode_ms", "peak_gb"}
+
+
+def test_what_fails_is_a_row_that_says_why(tmp_path):
+    run = bench.Bench(options(csv=tmp_path / "rows.csv"))
+
+    def fail():
+        raise torch.OutOfMemoryError("much")
+
+    assert not run.attempt("adamix", 8, fail)
+    [row] = rows.read_rows([tmp_path / "rows.csv"], rows.ServingRow)
+    assert row.note == "out of memory" and row.decode_ms is None and "skipped" in bench.line(row)
+    run.end = 0
+    assert not run.attempt("adamix", 8, fail)
+
+
+def test_a_step_goes_on_where_the_prompt_ended():
+    model = serving_models.random_model("tiny", None, torch.float32, "cpu")
+    prompts = torch.randint(1, 512, (2, 9))  # 0 would be padding to generate
+    batch = serving_models.Sequences(model, prompts)
+    batch.prefill()
+    tokens = [batch.tokens.clone()]
+    for _ in range(4):
+        batch.step()
+        tokens.append(batch.tokens.clone())
+    want = model.generate(prompts, max_new_tokens=5, do_sample=False, eos_token_id=None,
+                          pad_token_id=0)
+    assert torch.equal(torch.cat(tokens, dim=1), want[:, 9:])
+
+
+def test_a_random_fine_tune_has_its_bits_and_changes_every_layer():
+    model = serving_models.random_model("tiny", None, torch.float32, "cpu")
+    delta = serving_models.random_finetune(model, 0)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    packed = sum(matrix.nbytes for matrix in delta.matrices.values())
+    assert 0.9 * weights <= 8 * packed <= 1.02 * weights
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            change = delta.matrices[name].dequantize().norm() / parameter.norm()
+            assert 0.03 < change < 0.4, name
+        else:
+            assert not torch.equal(delta.whole[name], parameter)
+
+
+ARGUMENTS = ["bench_swaps.py", "--model", "tiny", "--device", "cpu", "--resident", "8", "--rows",
+             "6", "--swaps", "12"]
+
+
+def test_swaps_find_no_wrong_token(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ARGUMENTS)
+    with pytest.raises(SystemExit) as ended:
+        swaps.main()
+    assert not ended.value.code and ", 0 of them wrong" in capsys.readouterr().out
+
+
+def test_swaps_see_a_row_with_anothers_weights(monkeypatch, capsys):
+    """Every tenth route is turned round."""
+    own, routes = DeltaBank.route, []
+
+    def faulty(self, names):
+        routes.append(names)
+        if len(routes) % 10 == 9:
+            names = names[::-1]
+        return own(self, names)
+
+    monkeypatch.setattr(adamix.DeltaBank, "route", faulty)
+    monkeypatch.setattr(sys, "argv", ARGUMENTS)
+    with pytest.raises(SystemExit) as ended:
+        swaps.main()
+    assert ended.value.code and ", 0 of them wrong" not in capsys.readouterr().out

@@ -170,13 +170,17 @@ def _places(plan: Plan, max_rank: int | None, deltas: Iterable[ModelDelta]) -> P
             continue
         for name, parameter in module.named_parameters(recurse=False):
             add(f"{module_name}.{name}", parameter, parameter.dtype, is_bias=False)
-    for matrix in plan.matrices:
-        for module in matrix.modules:
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                name = f"{matrix.name.removesuffix('weight')}bias"
-                add(name, bias, torch.float32, is_bias=True)
+    names = _bias_names(plan)
+    for group in plan.groups:  # those of a group side by side: they are gathered at once
+        for module in group:
+            if module.bias is not None:
+                add(names[module], module.bias, torch.float32, is_bias=True)
     return Places(matrices, values, columns)
+
+
+def _bias_names(plan: Plan) -> dict[nn.Module, str]:
+    return {module: f"{matrix.name.removesuffix('weight')}bias"
+            for matrix in plan.matrices for module in matrix.modules}
 
 
 def _max_rank(shape: tuple[int, int], limit: int | None, known: int) -> int:
@@ -190,16 +194,19 @@ def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> li
     sites: dict[nn.Module, MatrixSite] = {}
     for matrix in plan.matrices:
         place = places.matrices[matrix.name]
-        bias = places.values.get(f"{matrix.name.removesuffix('weight')}bias")
         for module in matrix.modules:
             sites[module] = MatrixSite(
                 module, place.shape, memory.arena.words, memory.tables[place.index],
-                place.max_rank, routing, memory.columns(bias) if bias else None,
-                plan.token_dims.get(module, 1), plan.scales.get(module, 1.0))
+                place.max_rank, routing, plan.token_dims.get(module, 1),
+                plan.scales.get(module, 1.0))
             if isinstance(module, nn.Embedding):
                 install(module, RoutedEmbedding, sites[module])
+    names = _bias_names(plan)
     for members in plan.groups:
-        group = Group([sites[module] for module in members])
+        biases = [places.values[names[module]] for module in members if module.bias is not None]
+        group = Group([sites[module] for module in members],
+                      memory.columns(biases[0], biases[-1]) if biases else None,
+                      [0 if module.bias is None else module.bias.numel() for module in members])
         for index, module in enumerate(members):
             install(module, RoutedLinear, (group, index))
     installed = list(sites)

@@ -43,9 +43,10 @@ class Memory:
                        for dtype, values in base_values(places).items()}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def columns(self, place: ValuesPlace) -> Tensor:
-        """A parameter's values, `[slots + 1, n]`, the base's last."""
-        return self.values[place.dtype][:, place.begin : place.end]
+    def columns(self, first: ValuesPlace, last: ValuesPlace | None = None) -> Tensor:
+        """A parameter's values, or those of several that lie side by side: `[slots + 1, n]`, the
+        base's last."""
+        return self.values[first.dtype][:, first.begin : (last or first).end]
 
     @property
     def nbytes(self) -> int:

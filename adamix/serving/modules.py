@@ -28,12 +28,11 @@ class MatrixSite:
     table: Tensor  # int64 [slots, TABLE_COLUMNS]
     max_rank: int
     routing: Routing
-    bias: Tensor | None = None  # fp32 [slots + 1, out]: the fine-tune's less the base's
     token_dim: int = 1
     scale: float = 1.0  # an embedding's, on its rows
 
     def __post_init__(self) -> None:
-        _stay(self.arena, self.table, self.bias)
+        _stay(self.arena, self.table)
 
 
 @dataclass
@@ -58,10 +57,19 @@ def _stay(*tensors: Tensor | None) -> None:
 
 
 class Group:
-    """Linear layers on one input, q, k and v say: whichever is called first computes all."""
+    """Linear layers on one input, q, k and v say: whichever is called first computes all.
 
-    def __init__(self, sites: list[MatrixSite]) -> None:
+    Args:
+        sites: the layers'.
+        biases: fp32 `[slots + 1, sum of bias_sizes]`, the fine-tune's less the base's.
+        bias_sizes: of each layer; 0 where it has none.
+    """
+
+    def __init__(self, sites: list[MatrixSite], biases: Tensor | None, bias_sizes: list[int]
+                 ) -> None:
         self.sites = sites
+        self.biases, self.bias_sizes = biases, bias_sizes
+        _stay(biases)
         self._x: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -89,9 +97,11 @@ class Group:
         else:
             tables = [site.table for site in sites]
             ops.delta_gemm_layers_(ys, x, first.arena, tables, slots, max_rank=max_rank)
-        for site, y in zip(sites, ys, strict=True):
-            if site.bias is not None:
-                y += site.routing.gather(site.bias, y, site.token_dim)
+        if self.biases is not None:
+            rows = first.routing.gather(self.biases, ys[0], first.token_dim)
+            for y, own in zip(ys, rows.split(self.bias_sizes, dim=-1), strict=True):
+                if own.shape[-1] > 0:
+                    y += own
         return ys
 
 

@@ -11,9 +11,9 @@
 // serves an embedding and, by delta_gemm, an output head tied to it. Any mix of slots, ranks and
 // widths. Nothing is added where the slot is below 0 or >= capacity (the base), nor where the token
 // is below 0 or >= vocab: rows of a vocabulary that grew are stored whole, beside the delta.
-// w = U_level · scale is rounded to fp32, products with V are accumulated in fp32; y =
-// round(fp32(y)
-// + delta), one rounding. A token's result does not depend on the number of threads.
+// w = U_level · scale is rounded to fp32, products with V are accumulated in fp32;
+// y = round(fp32(y) + delta), one rounding. A token's result does not depend on the number of
+// threads.
 namespace adamix {
 
 constexpr int64_t kMaxVocab = (int64_t{1} << 31) - 1;

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import skip_without_cuda
 from routed_models import random_finetune, random_model
 from tiny_models import compressed_pair, make_pair
 from tiny_models import one_thread as one_thread
@@ -204,6 +205,59 @@ def test_a_prefetched_fine_tune_waits_on_the_device():
     before = models.bank.metrics.misses
     models.route("f0")
     assert models.bank.metrics.misses == before
+
+
+# --- under CUDA graphs ---------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_a_captured_forward_pass_follows_routes_swaps_and_replacements():
+    skip_without_cuda(*OPERATORS)
+    models = Models(5, "cuda", slots=2)
+    models.load(*models.deltas)
+    models.bank.route([None] * 3)
+    ids = IDS.expand(3, -1).cuda()
+
+    def run():
+        return models.model(ids, use_cache=False).logits
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+    allocated, choose = torch.cuda.memory_allocated(), random.Random(0)
+    for step in range(30):
+        few = choose.sample([*models.deltas, None], 2)
+        names = [choose.choice(few) for _ in range(3)]
+        models.bank.route(names)
+        if step % 5 == 4 and names[0] is not None:
+            models.bank.load(names[0], models.deltas[names[0]])
+        graph.replay()
+        for row, name in zip(logits.cpu(), names, strict=True):
+            exact = models.exact[name]
+            assert (row - exact).abs().max() <= 1e-4 * exact.abs().max(), (step, name)
+    assert torch.cuda.memory_allocated() == allocated
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_generate_with_a_static_cache_on_a_device(compiled):
+    """As transformers does it: compiled, with CUDA graphs of its own."""
+    skip_without_cuda(*OPERATORS)
+    models, names = Models(2, "cuda", slots=2), ["f1", None, "f0"]
+    models.load("f0", "f1")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with models.bank.route(names):
+        plain = models.model.generate(IDS.expand(3, -1).cuda(), **options)
+        static = models.model.generate(IDS.expand(3, -1).cuda(), cache_implementation="static",
+                                       disable_compile=not compiled, **options)
+    assert torch.equal(plain, static)
+    with models.bank.route(names[::-1]):  # the same graphs
+        turned = models.model.generate(IDS.expand(3, -1).cuda(), cache_implementation="static",
+                                       disable_compile=not compiled, **options)
+    assert torch.equal(turned, static.flip(0))
 
 
 # --- the base is the one the delta was made from ----------------------------------------------

@@ -241,3 +241,11 @@ def test_a_wrong_number_of_rows_is_refused_when_the_model_runs():
         family.logits(ids_of(3))
 
 
+
+
+def test_autocast():
+    family, ids = Family(), ids_of(2)
+    with family.bank.route(["a", None]), torch.autocast("cpu", torch.bfloat16):
+        got = family.logits(ids)
+    exact = family.merged(["a", None], ids)
+    assert (got - exact).abs().max() <= 0.05 * exact.abs().max()

@@ -70,18 +70,18 @@ class Group:
         self.sites = sites
         self.biases, self.bias_sizes = biases, bias_sizes
         _stay(biases)
-        self._x: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
+        # The input and the outputs that wait, in one attribute: threads cannot mix them up.
+        self._ready: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Output of the layer `index`; the others' wait for calls with the same tensor."""
         if len(self.sites) == 1:
             return self._compute(x)[0]
-        if self._x is not x or index not in self._ready:
-            self._x, self._ready = x, dict(enumerate(self._compute(x)))
-        y = self._ready.pop(index)
-        if not self._ready:
-            self._x = None
+        ready = self._ready
+        if ready is None or ready[0] is not x or index not in ready[1]:
+            ready = (x, dict(enumerate(self._compute(x))))
+        y = ready[1].pop(index)
+        self._ready = ready if ready[1] else None
         return y
 
     def _compute(self, x: Tensor) -> list[Tensor]:
@@ -90,6 +90,7 @@ class Group:
         if x.numel() == 0:
             return ys
         first = sites[0]
+        x = x.to(ys[0].dtype)  # another under autocast
         slots = first.routing.of(x.numel() // x.shape[-1])
         max_rank = max(site.max_rank for site in sites)
         if len(sites) == 1:

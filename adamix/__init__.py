@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from adamix.merging import MergeSummary, load, merge
     from adamix.pipeline import Summary, compress, compress_matrix
     from adamix.serving.bank import BankMetrics, DeltaBank
+    from adamix.serving.continuous import ContinuousBatching, continuous_batching
 
 _HOME = {
     "BankMetrics": "serving.bank",
+    "ContinuousBatching": "serving.continuous",
     "DeltaBank": "serving.bank",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
@@ -33,6 +35,7 @@ _HOME = {
     "attach": "api",
     "compress": "pipeline",
     "compress_matrix": "pipeline",
+    "continuous_batching": "serving.continuous",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "load": "merging",
@@ -44,6 +47,7 @@ __all__ = [
     "AdamixError",
     "BankMetrics",
     "Config",
+    "ContinuousBatching",
     "DeltaBank",
     "Evaluation",
     "Inspection",
@@ -55,6 +59,7 @@ __all__ = [
     "attach",
     "compress",
     "compress_matrix",
+    "continuous_batching",
     "evaluate",
     "inspect",
     "load",

@@ -37,6 +37,10 @@ class BankError(AdamixError):
     """A bank that does not know a fine-tune, cannot hold it, or cannot route it."""
 
 
+class BankFullError(BankError):
+    """A fine-tune that does not fit beside those that must stay on the device."""
+
+
 class OutputError(AdamixError):
     """An output folder that exists, or cannot be written."""
 

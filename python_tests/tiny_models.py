@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adamix.config import Config
+
 HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 2, 4, 2, 128
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = list(string.printable[:97])  # all that prints, space, tab and newline
@@ -107,6 +109,14 @@ class Pair:
     delta: Path
 
 
+@dataclass(frozen=True)
+class Family:
+    """Folders of a base, and of the deltas of several fine-tunes of it."""
+
+    base: Path
+    deltas: list[Path]
+
+
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
 VARIANTS = ("plain", "tied", "grown", "sharded")
 
@@ -118,7 +128,6 @@ def compressed_pair(variant: str = "plain") -> Pair:
     "tied": both files also hold the head that the config ties to the embedding, as some
     checkpoints on the Hub do; "grown": 5 rows more; "sharded": several files.
     """
-    from adamix.config import Config
     from adamix.pipeline import compress
 
     _FOLDERS.append(tempfile.TemporaryDirectory(prefix="adamix-tests-"))
@@ -130,10 +139,38 @@ def compressed_pair(variant: str = "plain") -> Pair:
             tensors = load_file(path / "model.safetensors")
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
             save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = Config(bits_per_weight=3.0, bit_widths=(8, 4, 3, 2), calibration_sequences=8,
-                    calibration_length=32)
-    compress(base, finetuned, folder / "delta", config, threads=1)
+    compress(base, finetuned, folder / "delta", _config(), threads=1)
     return Pair(base, finetuned, folder / "delta")
+
+
+@cache
+def compressed_family(count: int = 3) -> Family:
+    """An fp32 base and the deltas of `count` fine-tunes, made once a process; leave as they are."""
+    from adamix.pipeline import compress
+
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="adamix-tests-"))
+    folder = Path(_FOLDERS[-1].name)
+    base, finetuned = make_pair(folder, dtype=torch.float32)
+    deltas = [folder / f"delta{i}" for i in range(count)]
+    for i, delta in enumerate(deltas):
+        if i > 0:
+            finetuned = folder / f"finetuned{i}"
+            _write_finetune(base, finetuned, torch.Generator().manual_seed(i))
+        compress(base, finetuned, delta, _config(), threads=1)
+    return Family(base, deltas)
+
+
+def _write_finetune(base: Path, path: Path, generator: torch.Generator) -> None:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data += _delta(weight.data, generator)
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+
+
+def _config() -> Config:
+    return Config(bits_per_weight=3.0, bit_widths=(8, 4, 3, 2), calibration_sequences=8,
+                  calibration_length=32)
 
 
 @pytest.fixture(scope="module", autouse=True)

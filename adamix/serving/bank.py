@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from adamix.artifacts import ModelDelta
-from adamix.errors import AdamixError, BankError
+from adamix.errors import AdamixError, BankError, BankFullError
 from adamix.serving.arena import aligned
 from adamix.serving.image import DeltaImage, Places, make_image
 from adamix.serving.memory import Memory, Resident
@@ -22,7 +25,7 @@ from adamix.serving.routing import BASE, Routing
 class BankMetrics:
     """Since the bank was made."""
 
-    hits: int = 0  # fine-tunes that a route named and that were on the device
+    hits: int = 0  # fine-tunes that a route or a request named and that were on the device
     misses: int = 0  # and that were not
     evictions: int = 0  # from the device, to make room
     copies: int = 0  # to the device
@@ -39,12 +42,17 @@ class _Known:
     image: DeltaImage | None
     delta: Callable[[], ModelDelta | None]  # the one in memory that it was made of, while that is
     pinned: bool = False
+    holders: int = 0  # requests that run on it
+
+
+# Names of rows; or of requests whose tokens are one row, and how many tokens each has.
+Rows = tuple[tuple[str | None, ...], tuple[int, ...] | None]
 
 
 class Route:
     """What :meth:`DeltaBank.route` returns: in force at once; in a `with`, until its end."""
 
-    def __init__(self, bank: DeltaBank, before: tuple[tuple[str | None, ...], bool]) -> None:
+    def __init__(self, bank: DeltaBank, before: Rows) -> None:
         self._bank, self._before = bank, before
 
     def __enter__(self) -> Route:
@@ -52,9 +60,10 @@ class Route:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        names, by_token = self._before
-        known = [name if name in self._bank.names else None for name in names]
-        self._bank._apply(known, by_token=by_token)
+        names, counts = self._before
+        with self._bank.lock:
+            known = [name if name in self._bank else None for name in names]
+            self._bank._apply(known, counts)
 
 
 class DeltaBank:
@@ -63,19 +72,22 @@ class DeltaBank:
     Made by :func:`adamix.attach`. Fine-tunes are loaded under names; as many as fit are on the
     device, the least recently routed ones make room, and those stay on the host, ready to come
     back. Nothing on the device moves or grows, so CUDA graphs that were captured before stay
-    valid. Call it from one thread at a time, on the stream that the model runs on.
+    valid. Threads may share it: `lock` is held while it changes, and by who runs a batch that must
+    not be rerouted meanwhile. Call it on the stream that the model runs on.
     """
 
     def __init__(self, places: Places, routing: Routing, memory: Memory, *, slots: int,
                  host_bytes: int | None, read: Callable[[Path], ModelDelta],
                  check: Callable[[ModelDelta, str], None], detach: Callable[[], None]) -> None:
         self.slots = slots
-        self._places, self._routing, self._memory = places, routing, memory
+        self.routing = routing
+        self.lock = threading.RLock()
+        self._places, self._memory = places, memory
         self._read, self._check, self._detach = read, check, detach
         self._host_bytes = host_bytes
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently routed first
-        self._route: tuple[tuple[str | None, ...], bool] = ((None,), False)
+        self._route: Rows = ((None,), None)
         self._metrics = BankMetrics()
 
     # --- what is there
@@ -83,7 +95,10 @@ class DeltaBank:
     @property
     def names(self) -> list[str]:
         """The fine-tunes that can be routed to."""
-        return sorted(self._known)
+        return sorted(list(self._known))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
 
     @property
     def resident(self) -> list[str]:
@@ -122,52 +137,91 @@ class DeltaBank:
 
         Raises:
             DeltaFileError, FingerprintError: the folder is damaged, or of another base.
-            BankError: the model has no place for what it changes, or the device none for it.
+            BankError: the model has no place for what it changes, or the device none for it;
+                requests run on the one of the same name.
         """
         in_memory = delta if isinstance(delta, ModelDelta) else None
         path = source if isinstance(delta, ModelDelta) else Path(delta)
         image = self._same_image(in_memory) or self._image(name, path, in_memory)
         self._check_size(name, image)
-        was_routed = name in self._route[0]
-        if name in self._resident:
-            self._evict(name)
-        made_of = weakref.ref(in_memory) if in_memory is not None else lambda: None
-        self._known[name] = _Known(path, image, made_of, pin)
-        self._bring(name, keep={name, *self._route[0]})
-        if was_routed:
-            self._apply(*self._route)
-        self._trim_host()
+        with self.lock:
+            self._check_idle(name)
+            was_routed = name in self._route[0]
+            if name in self._resident:
+                self._evict(name)
+            made_of = weakref.ref(in_memory) if in_memory is not None else lambda: None
+            self._known[name] = _Known(path, image, made_of, pin)
+            self._bring(name, keep={name, *self._route[0]})
+            if was_routed:
+                self._apply(*self._route)
+            self._trim_host()
 
     def unload(self, name: str) -> None:
         """Forget a fine-tune.
 
         Raises:
-            BankError: there is none of this name, or rows are routed to it.
+            BankError: there is none of this name, rows are routed to it, or requests run on it.
         """
-        self._find(name)
-        if name in self._route[0]:
-            raise BankError(f"rows are routed to {name}: route them elsewhere before unloading it")
-        if name in self._resident:
-            self._evict(name)
-        del self._known[name]
+        with self.lock:
+            self._find(name)
+            self._check_idle(name)
+            if name in self._route[0]:
+                raise BankError(f"rows are routed to {name}: route them elsewhere before "
+                                f"unloading it")
+            if name in self._resident:
+                self._evict(name)
+            del self._known[name]
 
     def prefetch(self, name: str) -> None:
         """Begin to bring a fine-tune to the device, so that a route to it need not wait."""
-        self._find(name)
-        self._bring(name, keep={name, *self._route[0]})
+        with self.lock:
+            self._find(name)
+            self._bring(name, keep={name, *self._route[0]})
 
     def pin(self, name: str) -> None:
         """Keep a fine-tune on the device, and begin to bring it there."""
-        self._find(name).pinned = True
-        self.prefetch(name)
+        with self.lock:
+            self._find(name).pinned = True
+            self.prefetch(name)
 
     def unpin(self, name: str) -> None:
         """Let a fine-tune make room for others again."""
         self._find(name).pinned = False
 
+    def hold(self, name: str, requests: int = 1) -> None:
+        """Keep a fine-tune on the device for requests that run, until as many are released.
+
+        Raises:
+            BankFullError: it does not fit beside what is pinned, held or routed.
+            BankError: there is none of this name.
+        """
+        with self.lock:
+            known = self._find(name)
+            self._count(hits=int(name in self._resident), misses=int(name not in self._resident))
+            self._bring(name, keep={name, *self._route[0]})
+            known.holders += requests
+
+    def release(self, name: str, requests: int = 1) -> None:
+        """Say that requests which held a fine-tune are over."""
+        with self.lock:
+            self._find(name).holders -= requests
+
     def detach(self) -> None:
-        """Make the model the base alone again, as it was before `attach`."""
-        self._detach()
+        """Make the model the base alone again, as it was before `attach`.
+
+        Raises:
+            BankError: requests run on a fine-tune.
+        """
+        with self.lock:
+            for name in self._known:
+                self._check_idle(name)
+            self._detach()
+
+    def _check_idle(self, name: str) -> None:
+        known = self._known.get(name)
+        if known is not None and known.holders:
+            raise BankError(f"{known.holders} requests run on {name}: wait for them, or cancel "
+                            f"them")
 
     # --- routing
 
@@ -182,8 +236,9 @@ class DeltaBank:
         Raises:
             BankError: an unknown name, no name at all, or more fine-tunes than fit.
         """
-        before = self._route
-        self._apply(list(names), by_token=False)
+        with self.lock:
+            before = self._route
+            self._apply(names, None)
         return Route(self, before)
 
     def route_tokens(self, names: Sequence[str | None], counts: Sequence[int]) -> Route:
@@ -193,38 +248,50 @@ class DeltaBank:
         """
         if len(names) != len(counts):
             raise BankError(f"a count for each name: got {len(names)} names, {len(counts)} counts")
-        before = self._route
-        tokens = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
-        self._apply(tokens, by_token=True)
+        with self.lock:
+            before = self._route
+            self._apply(names, counts)
         return Route(self, before)
 
-    def _apply(self, names: Iterable[str | None], by_token: bool) -> None:
+    def end_batch(self) -> None:
+        """Say that no batch runs until the next route: what the last one named may make room.
+
+        The device's buffer stays as it is: for callers that route before each batch.
+        """
+        with self.lock:
+            self._route = ((None,), None)
+
+    def _apply(self, names: Sequence[str | None], counts: Sequence[int] | None) -> None:
         """Switch the route; where that fails, back to the one before: its slots may be others'."""
-        names = tuple(names)
         for name in names:
             if name is not None:
                 self._find(name)
         try:
-            self._switch(names, by_token)
+            self._switch((tuple(names), None if counts is None else tuple(counts)))
         except AdamixError:
             try:
-                self._switch(*self._route)
+                self._switch(self._route)
             except AdamixError:
-                self._switch((None,), False)
+                self._switch(((None,), None))
             raise
 
-    def _switch(self, names: tuple[str | None, ...], by_token: bool) -> None:
+    def _switch(self, rows: Rows) -> None:
+        names, counts = rows
         wanted = list(dict.fromkeys(name for name in names if name is not None))
         for name in wanted:
             here = name in self._resident
-            self._count(hits=int(here), misses=int(not here))
+            if not self._known[name].holders:  # the others were counted when their requests came
+                self._count(hits=int(here), misses=int(not here))
             self._bring(name, keep=set(wanted))
             self._memory.show(self._resident[name])
             self._resident.move_to_end(name)
         slots = {name: self._resident[name].slot for name in wanted}
-        self._routing.write([BASE if name is None else slots[name] for name in names],
-                            by_token=by_token)
-        self._route = (names, by_token)
+        of_rows = torch.tensor([BASE if name is None else slots[name] for name in names],
+                               dtype=torch.int32)
+        if counts is not None:
+            of_rows = of_rows.repeat_interleave(torch.tensor(counts))
+        self.routing.write(of_rows, by_token=counts is not None)
+        self._route = rows
 
     # --- residency
 
@@ -257,12 +324,12 @@ class DeltaBank:
                 begin = self._memory.arena.allocate(words)
                 if begin is not None:
                     return begin, min(set(range(self.slots)) - taken)
-            others = [other for other in self._resident
-                      if other not in keep and not self._known[other].pinned]
+            others = [other for other in self._resident if other not in keep
+                      and not self._known[other].pinned and not self._known[other].holders]
             if not others:
                 held = ", ".join(self._resident) or "nothing"
-                raise BankError(
-                    f"{name} ({4 * words:,} bytes) does not fit beside what is pinned or routed "
+                raise BankFullError(
+                    f"{name} ({4 * words:,} bytes) does not fit beside what is pinned or in use "
                     f"({held}): the bank has {self.slots} slots and "
                     f"{4 * self._memory.arena.size:,} bytes")
             self._evict(others[0])
@@ -274,7 +341,7 @@ class DeltaBank:
     # --- the host's side
 
     def _same_image(self, delta: ModelDelta | None) -> DeltaImage | None:
-        for known in self._known.values():
+        for known in list(self._known.values()):
             if delta is not None and known.delta() is delta:
                 return known.image
         return None

@@ -205,6 +205,15 @@ def uninstall(module: nn.Module) -> None:
     del module.__dict__[SITE]
 
 
+def routing_of(model: nn.Module) -> Routing | None:
+    """What routes a model's layers; None where it has no bank."""
+    for module in model.modules():
+        site = module.__dict__.get(SITE)
+        if site is not None:
+            return (site[0].sites[0] if isinstance(site, tuple) else site).routing
+    return None
+
+
 def mixin_for_values(module: nn.Module) -> type[nn.Module]:
     """What routes the values of a module of this class."""
     return RoutedNorm if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else RoutedValues

@@ -28,8 +28,10 @@ class Routing:
         torch._dynamo.mark_static_address(self.slots)
         self.rows = 1
         self.by_token = False  # whether a row is one token
+        self._selected: Tensor | None = None
+        self._written = 0  # leading entries that may not be the base's
 
-    def write(self, slots: Sequence[int], *, by_token: bool = False) -> None:
+    def write(self, slots: Sequence[int] | Tensor, *, by_token: bool = False) -> None:
         """Route rows, or tokens, in order on the current stream; what follows them is the base's.
 
         Raises:
@@ -37,19 +39,34 @@ class Routing:
         """
         if not 1 <= len(slots) <= MAX_ROWS:
             raise BankError(f"a route has 1..{MAX_ROWS} rows, got {len(slots)}")
-        values = torch.as_tensor(slots, dtype=torch.int32)
-        if self.slots.is_cuda:
-            values = values.pin_memory()
-        self.slots.fill_(BASE)
-        self.slots[: len(slots)].copy_(values, non_blocking=True)
-        self.rows, self.by_token = len(slots), by_token
+        # One copy a batch: it also gives back to the base what the route before has left behind.
+        values = torch.full((max(len(slots), self._written),), BASE, dtype=torch.int32,
+                            pin_memory=self.slots.is_cuda)
+        values[: len(slots)] = torch.as_tensor(slots, dtype=torch.int32)
+        self.slots[: len(values)].copy_(values, non_blocking=True)
+        self.rows = self._written = len(slots)
+        self.by_token, self._selected = by_token, None
+
+    def select(self, tokens: Tensor | None) -> None:
+        """From here on layers get only these of the routed tokens; None: all, as after `write`.
+
+        A model that computes logits of few tokens hands its head no others.
+
+        Args:
+            tokens: int `[count]`, their places. Kept, so that a graph follows when it is rewritten.
+        """
+        self._selected = tokens
 
     def of(self, count: int) -> Tensor:
         """Slots int32 `[count]` of so many rows or tokens.
 
         Raises:
-            BankError: they are no multiple of the routed rows.
+            BankError: they are no multiple of the routed rows, or not those that are selected.
         """
+        if self.by_token and self._selected is not None:
+            if count != self._selected.numel():
+                raise BankError(f"{self._selected.numel()} tokens are selected, got {count}")
+            return self.slots.index_select(0, self._selected)
         if self.by_token or count == self.rows:
             return self.slots[:count]
         if count % self.rows != 0:

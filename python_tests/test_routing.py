@@ -73,3 +73,27 @@ def test_values_are_gathered_by_token_where_the_tokens_are(routing):
     assert by_head.shape == (1, 3, 1, 2) and by_head[0, :, 0, 1].tolist() == [21, 11, 91]
     flat = routing.gather(VALUES, torch.zeros(3, 2), 1)
     assert flat[:, 0].tolist() == [20, 10, 90]
+
+
+def test_a_shorter_route_leaves_nothing_of_the_one_before(routing):
+    address = routing.slots.data_ptr()
+    for slots in ([1, 0, 1, 1, 0], [0], [1, 1, 0]):
+        routing.write(slots, by_token=True)
+        assert routing.of(8).tolist() == slots + [BASE] * (8 - len(slots))
+    assert routing.slots.data_ptr() == address
+
+
+def test_selected_tokens_are_routed_as_they_were_among_all(routing):
+    routing.write([1, 0, 0, 2], by_token=True)
+    last = torch.tensor([0, 3, 2], dtype=torch.int32)
+    routing.select(last)
+    assert routing.of(3).tolist() == [1, 2, 0]
+    last.copy_(torch.tensor([1, 1, 3]))
+    assert routing.of(3).tolist() == [0, 0, 2]
+    with pytest.raises(BankError, match="3 tokens are selected, got 4"):
+        routing.of(4)
+    routing.select(None)
+    assert routing.of(4).tolist() == [1, 0, 0, 2]
+    routing.select(last)
+    routing.write([2, 1], by_token=True)
+    assert routing.of(2).tolist() == [2, 1]

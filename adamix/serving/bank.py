@@ -197,8 +197,9 @@ class DeltaBank:
         """
         with self.lock:
             known = self._find(name)
-            self._count(hits=int(name in self._resident), misses=int(name not in self._resident))
+            here = name in self._resident
             self._bring(name, keep={name, *self._route[0]})
+            self._count(hits=int(here), misses=int(not here))
             known.holders += requests
 
     def release(self, name: str, requests: int = 1) -> None:

@@ -13,19 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from adamix.errors import AdamixError, BankError, reason
+from adamix.errors import BankError, reason
 from adamix.serving.bank import DeltaBank
-from adamix.serving.in_flight import InFlight, Line, forks
+from adamix.serving.in_flight import InFlight, Line, finetune_of_each, forks
 from adamix.serving.internals import (
     check_internals,
     check_model,
     check_processor,
+    routable_config,
     unknown_version,
 )
+from adamix.serving.selection import selection_followed
 
 try:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -63,19 +64,17 @@ def continuous_batching(model: PreTrainedModel, bank: DeltaBank, *,
         warmup: capture CUDA graphs, or compile, before the first request.
 
     Raises:
-        BankError: another model's bank, an unknown version of transformers, asynchronous batching.
+        BankError: another model's bank, an unknown version of transformers, asynchronous batching,
+            larger batches than can be routed.
         RuntimeError: the thread that runs the model has died.
     """
     check_internals()
-    config = copy.deepcopy(continuous_batching_config or ContinuousBatchingConfig())
-    if config.use_async_batching:
-        raise BankError("fine-tunes are batched synchronously: leave out use_async_batching")
-    config.use_async_batching, config.allow_block_sharing = False, False
     check_model(model, bank)
+    config = routable_config(continuous_batching_config or ContinuousBatchingConfig())
     generation = copy.deepcopy(generation_config or model.generation_config)
     if generation.eos_token_id is None:
         generation.eos_token_id = -1  # transformers': no token ends a request
-    with bank.route([None]), _attention_restored(model):
+    with bank.route([None]), _attention_restored(model), selection_followed(model, bank.routing):
         batching = ContinuousBatching(model, generation, config, workload_hints, bank=bank)
         try:
             if warmup:
@@ -108,9 +107,9 @@ class ContinuousBatching(ContinuousBatchingManager):
         self._routed: ContinuousBatchProcessor | None = None
         self._started = self._warming = False
         self.told = False  # whether `check` has raised
-        self.input_queue = Line(self.input_queue.maxsize, self._in_flight, self._refuse)
         self.output_router = _Router(self._in_flight)
-        self._hooks = _follow_selection(model, bank)
+        self.input_queue = Line(self.input_queue.maxsize, self._in_flight,
+                                self.output_router.fail_and_deliver)
 
     # --- requests
 
@@ -164,7 +163,7 @@ class ContinuousBatching(ContinuousBatchingManager):
         return [self.add_request(ids, max_new_tokens=max_new_tokens, streaming=streaming,
                                  record_timestamps=record_timestamps, finetune=name,
                                  **logit_processor_kwargs)
-                for ids, name in zip(inputs, _names(finetunes, inputs), strict=True)]
+                for ids, name in finetune_of_each(inputs, finetunes)]
 
     def cancel_request(self, request_id: str) -> None:
         """Give a request up; no result follows."""
@@ -189,41 +188,41 @@ class ContinuousBatching(ContinuousBatchingManager):
             RuntimeError: one of them failed.
             As `add_request`.
         """
-        names = _names(finetunes, inputs)
+        requests = finetune_of_each(inputs, finetunes)
         ids = [self._in_flight.new_id() for _ in inputs]
         expected = [name for request_id in ids for name in self._in_flight.sequences(request_id)]
         results = self.output_router.collect(expected)
         outputs: dict[str, GenerationOutput] = {}
         try:
-            for request_id, tokens, name in zip(ids, inputs, names, strict=True):
+            for request_id, (tokens, name) in zip(ids, requests, strict=True):
                 self.add_request(tokens, request_id, max_new_tokens, finetune=name,
                                  record_timestamps=record_timestamps)
             while len(outputs) < len(expected):
                 output = self._next(results, [name for name in expected if name not in outputs])
                 outputs[output.request_id] = output
         except BaseException:
-            for request_id in ids:
-                self.cancel_request(request_id)
+            for name in expected:
+                self.cancel_request(name)
             raise
         return {name: outputs[name] for name in expected}
 
     def _next(self, results: queue.Queue[GenerationOutput], expected: list[str]
               ) -> GenerationOutput:
         """The next of these; RuntimeError where it failed, or none will come."""
-        while True:
-            # Before looking, so that nothing comes after.
+        output = None
+        while output is None:
+            # Looked at before the queue, so that nothing comes after.
             lost = not self.is_running() or not all(name in self._in_flight for name in expected)
             try:
                 output = results.get(timeout=0.1)
             except queue.Empty:
-                if not lost:
-                    continue
-                self.check()
-                raise RuntimeError(f"no result comes of {', '.join(expected)}: cancelled, or "
-                                   f"batching was stopped") from None
-            if output.error is not None:
-                raise RuntimeError(f"{output.request_id} failed: {output.error}")
-            return output
+                if lost:
+                    self.check()
+                    raise RuntimeError(f"no result comes of {', '.join(expected)}: cancelled, or "
+                                       f"batching was stopped") from None
+        if output.error is not None:
+            raise RuntimeError(f"{output.request_id} failed: {output.error}")
+        return output
 
     def get_result(self, request_id: str | None = None,
                    timeout: float | None = None) -> GenerationOutput | None:
@@ -274,9 +273,9 @@ class ContinuousBatching(ContinuousBatchingManager):
             self.stop(block=True, hard_stop=not answer)
             self._started = False
         self.destroy()
-        for hook in self._hooks:
-            hook.remove()
         self._in_flight.forget_all()
+        if getattr(self.model, "_cached_continuous_batching_manager", None) is self:
+            del self.model._cached_continuous_batching_manager
 
     # --- which fine-tune a token is on, and which are in flight; on the thread that runs the model
 
@@ -320,9 +319,6 @@ class ContinuousBatching(ContinuousBatchingManager):
                                      batch_processor: ContinuousBatchProcessor | None) -> None:
         self.input_queue.is_open = True
         super()._fail_all_remaining_requests(error, batch_processor)
-
-    def _refuse(self, state: RequestState, error: AdamixError) -> None:
-        self.output_router.fail_and_deliver(state, error)
 
 
 class _Router(OutputRouter):
@@ -373,24 +369,6 @@ def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
         yield
 
 
-def _follow_selection(model: PreTrainedModel, bank: DeltaBank
-                      ) -> list[RemovableHandle]:
-    """Logits are computed of a request's last token alone: tell the layers after the base model
-    which tokens they get. In graphs, too: their indices stay in one place."""
-    kept: list[Tensor | None] = [None]
-
-    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tokens = kwargs.get("logits_to_keep")
-        kept[0] = tokens if isinstance(tokens, Tensor) else None
-        bank.routing.select(None)
-
-    def select(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        bank.routing.select(kept[0])
-
-    return [model.register_forward_pre_hook(note, with_kwargs=True),
-            model.base_model.register_forward_hook(select)]
-
-
 @contextmanager
 def _attention_restored(model: PreTrainedModel) -> Iterator[None]:
     """transformers changes it, and not back where its thread has died or never started."""
@@ -400,11 +378,3 @@ def _attention_restored(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
-
-
-def _names(finetunes: Sequence[str | None] | None, inputs: Sequence[object]
-           ) -> Sequence[str | None]:
-    names = [None] * len(inputs) if finetunes is None else finetunes
-    if len(names) != len(inputs):
-        raise BankError(f"a fine-tune for each input: got {len(names)} for {len(inputs)}")
-    return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from adamix.errors import AdamixError, BankError, BankFullError
@@ -22,6 +22,19 @@ MAX_PASSING = 256
 def forks(request_id: str, count: int) -> list[str]:
     """Ids that transformers gives to the further sequences of a request."""
     return [f"{request_id}__child#{number}" for number in range(count)]
+
+
+def finetune_of_each(inputs: Sequence[list[int]], finetunes: Sequence[str | None] | None
+                     ) -> list[tuple[list[int], str | None]]:
+    """Each input with its fine-tune; without any, with the base.
+
+    Raises:
+        BankError: there are not as many.
+    """
+    names = [None] * len(inputs) if finetunes is None else finetunes
+    if len(names) != len(inputs):
+        raise BankError(f"a fine-tune for each input: got {len(names)} for {len(inputs)}")
+    return list(zip(inputs, names, strict=True))
 
 
 class InFlight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from adamix.serving.modules import routing_of
 from adamix.serving.routing import MAX_ROWS
 
 if TYPE_CHECKING:
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 TESTED = "5.17 to 5.23"
@@ -80,6 +82,22 @@ def check_model(model: PreTrainedModel, bank: DeltaBank) -> None:
         raise BankError("continuous batching with fine-tunes runs on one device")
 
 
+def routable_config(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    """A copy that shares no blocks between requests, and runs one batch after the other.
+
+    Raises:
+        BankError: batches are to be asynchronous, or larger than can be routed.
+    """
+    if config.use_async_batching:
+        raise BankError("fine-tunes are batched synchronously: leave out use_async_batching")
+    if config.max_batch_tokens is not None and config.max_batch_tokens > MAX_ROWS:
+        raise BankError(f"a batch has at most {MAX_ROWS} tokens, max_batch_tokens is "
+                        f"{config.max_batch_tokens}")
+    config = copy.deepcopy(config)
+    config.use_async_batching = config.allow_block_sharing = False
+    return config
+
+
 def check_processor(processor: ContinuousBatchProcessor) -> None:
     """Raise BankError where batches would be made otherwise than they are routed."""
     io = processor.inputs_and_outputs
@@ -89,6 +107,3 @@ def check_processor(processor: ContinuousBatchProcessor) -> None:
     if processor.use_async_batching or processor.cache.allow_block_sharing:
         raise unknown_version("it batches asynchronously or shares blocks though it was told not "
                               "to")
-    if processor.max_batch_tokens > MAX_ROWS:
-        raise BankError(f"a batch has at most {MAX_ROWS} tokens, max_batch_tokens is "
-                        f"{processor.max_batch_tokens}")

@@ -8,14 +8,21 @@ import pytest
 import torch
 from tiny_models import compressed_family
 from tiny_models import one_thread as one_thread
-from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import adamix
 from adamix.errors import BankError
 from adamix.merging import restored_model
+from adamix.serving.internals import check_internals
 
-continuous = pytest.importorskip("adamix.serving.continuous", exc_type=BankError)
-OPERATORS = ("delta_gemm_", "delta_embedding_")
+try:
+    from adamix.serving import continuous
+
+    check_internals()
+except BankError as unknown:
+    pytest.skip(str(unknown), allow_module_level=True)
+
+OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_")
 NAMES = ["a", "b", "c"]
 TOKENS = 8
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -46,9 +53,11 @@ class Served:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device).eval()
 
     def batching(self, num_return_sequences=None, **config):
-        page = "page_size" if hasattr(continuous.ContinuousBatchingConfig(), "page_size") else (
-            "block_size")
-        sizes = {"num_blocks": 64, "max_batch_tokens": 64, page: PAGE}
+        known = vars(continuous.ContinuousBatchingConfig())
+        sizes = {"num_blocks": 64, "max_batch_tokens": 64,
+                 "page_size" if "page_size" in known else "block_size": PAGE}
+        if "auto_switch_to_flash" in known:
+            sizes["auto_switch_to_flash"] = False  # which has no fp32
         generation = GenerationConfig(max_new_tokens=TOKENS, **GREEDY)
         if num_return_sequences is not None:  # for sampling alone: from one token
             generation.update(do_sample=True, top_k=1, num_return_sequences=num_return_sequences)
@@ -113,10 +122,18 @@ def test_prompts_longer_than_a_batch_and_few_blocks(served, scheduler):
     assert_mix_is_answered(served, max_batch_tokens=12, num_blocks=12, scheduler_type=scheduler)
 
 
-def test_padded_and_compiled_batches_follow_their_routes(served):
-    traced = CompileConfig(backend="eager", dynamic=True)
-    assert_mix_is_answered(served, varlen_compile_config=traced, q_padding_interval_size=64,
-                           kv_padding_interval_size=1024)
+def test_padding_is_the_bases(served):
+    """Batches of one size, as for CUDA graphs: what follows the tokens is left alone."""
+    rows = []
+    with served.batching(q_padding_interval_size=64, kv_padding_interval_size=1024) as batching:
+        batching.batch_processor.model_runner.pad_inputs = True
+        head = served.model.lm_head.register_forward_pre_hook(
+            lambda module, args: rows.append(args[0].shape[1]))
+        outputs = batching.generate_batch(mixed_prompts(), MIX)
+    head.remove()
+    assert [output.generated_tokens for output in outputs.values()] == (
+        served.answers(mixed_prompts(), MIX))
+    assert set(rows) == {64}  # as many as tokens, and yet not those tokens
 
 
 def test_cuda_graphs_follow_the_batch(device):
@@ -269,12 +286,12 @@ def breaking(served):
 
 def test_an_error_of_the_thread_reaches_the_caller(served):
     (prompt,) = prompts_of(5)
-    hook = breaking(served)
+    hook, results = breaking(served), []
     with pytest.raises(RuntimeError, match="stopped: the third batch"), served.batching() as batch:
-        ids = batch.add_requests([prompt] * 3, finetunes=NAMES)
-        results = list(batch)
-        assert {result.request_id for result in results} == set(ids)
-        assert all("the third batch" in result.error for result in results)
+        ids = batch.add_requests([prompt] * 3, finetunes=NAMES)  # the third waits for room
+        results += batch
+    assert {result.request_id for result in results} == set(ids)
+    assert all("the third batch" in result.error for result in results)
     hook.remove()
     hook = breaking(served)
     with served.batching() as batch:
@@ -290,7 +307,7 @@ def test_an_error_of_the_thread_reaches_the_caller(served):
     assert_mix_is_answered(served)
 
 
-def test_nothing_stays_behind(served):
+def test_nothing_stays_behind(served, monkeypatch):
     kinds = [continuous.ContinuousBatchingManager, continuous.OutputRouter,
              continuous.ContinuousBatchProcessor]
     before = [dict(vars(kind)) for kind in kinds]
@@ -317,6 +334,13 @@ def test_nothing_stays_behind(served):
         raise KeyError("the caller's own")
     assert_clean()
     assert not batching.is_running()
+    attention = "eager"  # which transformers replaces
+    served.model.set_attn_implementation(attention)
+    monkeypatch.setattr(continuous.ContinuousBatching, "warmup", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError), served.batching():
+        pass
+    assert_clean()
+    served.model.set_attn_implementation("sdpa")
 
 
 def test_what_cannot_be_batched_is_refused(served, monkeypatch):

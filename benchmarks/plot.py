@@ -86,7 +86,7 @@ def _models_panel(panel: Axes, shape: str, rows: Sequence[Row]) -> None:
     panel.set_title(shape.replace("x", " × "), fontsize=10)
     panel.set_xlabel("models", fontsize=9)
     panel.set_ylabel("µs", fontsize=9)
-    _tidy(panel)
+    tidy(panel)
 
 
 # --- (b) roofline ------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def roofline_figure(rows: Sequence[Row]) -> Figure | None:
     panel.set_ylabel("TFLOP/s")
     panel.set_title(f"delta_gemm under the roof ({device_of(points)})", fontsize=11)
     panel.legend(frameon=False, fontsize=9, loc="lower right")
-    _tidy(panel)
+    tidy(panel)
     return figure
 
 
@@ -164,10 +164,11 @@ def _prefill_panel(panel: Axes, tokens: int, bars: Sequence[tuple[str, int, floa
     panel.axvline(1.0, color=INK, linewidth=1, linestyle="--")
     panel.set_title(f"{tokens} tokens a model", fontsize=10)
     panel.set_xlabel("ratio", fontsize=9)
-    _tidy(panel)
+    tidy(panel)
 
 
-def _tidy(panel: Axes) -> None:
+def tidy(panel: Axes) -> None:
+    """A light grid and no frame."""
     panel.grid(True, which="major", color=FAINT, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.minorticks_off()

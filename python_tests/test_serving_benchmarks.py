@@ -98,6 +98,29 @@ def test_a_random_fine_tune_has_its_bits_and_changes_every_layer():
             assert not torch.equal(delta.whole[name], parameter)
 
 
+def some_rows():
+    plain = rows.ServingRow("m", 4, "bfloat16", 1, "adamix", "CUDA graph", 512, device="D",
+                            commit="c", weights_gb=2.0, peak_gb=3.0, prefill_ms=5.0)
+    return [dataclasses.replace(plain, impl=impl, finetunes=count, decode_ms=ms * count,
+                                tokens_per_s=1e3 / ms)
+            for impl, ms in (("adamix", 2.0), ("separate models", 9.0)) for count in (1, 4)]
+
+
+def test_the_table_compares_with_adamix(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot_serving")
+    old = dataclasses.replace(some_rows()[0], decode_ms=99.0)
+    out_of_memory = dataclasses.replace(some_rows()[0], impl="LoRA", decode_ms=None)
+    lines = plot.markdown(plot.latest([old, out_of_memory, *some_rows()])).splitlines()
+    assert lines[0].startswith("m, 4 layers, a row a fine-tune behind 512 tokens")
+    assert lines[-2:] == ["| 1 | 2.00 | 9.00 (4.50×) | 2.0 |", "| 4 | 8.00 | 36.00 (4.50×) | 2.0 |"]
+    for row in some_rows():
+        rows.append_row(tmp_path / "rows.csv", row)
+    figure = plot.figure_of(plot.latest(some_rows()))
+    assert [panel.get_title() for panel in figure.axes] == list(plot.PANELS.values())
+    assert plot.figure_of(some_rows()[:1]) is None and plot.markdown([]) == "no rows"
+
+
 ARGUMENTS = ["bench_swaps.py", "--model", "tiny", "--device", "cpu", "--resident", "8", "--rows",
              "6", "--swaps", "12"]
 

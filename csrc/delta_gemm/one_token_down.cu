@@ -1,0 +1,282 @@
+#include "common/cuda_launch.cuh"
+#include "delta_gemm/elements.cuh"
+#include "delta_gemm/few_tokens_down_product.cuh"
+#include "delta_gemm/one_token.cuh"
+
+// z = scale · V x for one token; see one_token.cuh. A unit of work is a run of 8 components of one
+// width: in a panel, a thread has two blocks of one of them, which are rows of a byte product as
+// they lie, and a column of x's digits for each half of the panel:
+//
+//   thread 4g + t       | columns 0 1 2: digits of | columns 4 5 6: digits of
+//                       | the first half of x      | the second half
+//   row g: block t of component g      sums                 -
+//   row g + 8: block 4 + t                -                sums
+namespace adamix {
+namespace {
+
+constexpr int kRunLanes = 8;
+constexpr int kHalfBlocks = kPanelBlocks / 2;
+constexpr int kAtOnce = 4;     // vectors of x on their way to a thread
+constexpr int kSumDigits = 4;  // of a component in shared memory: one is padding
+
+struct DownPlan {
+  int plane_bytes;  // of a digit of x: planes begin in different banks
+};
+
+struct alignas(16) DownShared {
+  SharedRows rows;
+  int32_t sums[kRunLanes][kSumDigits];
+  uint32_t largest[32];  // of each warp's values
+  int64_t sum_x[32];     // of each warp's numbers
+};
+
+// A thread's sums of a panel, added to those before.
+template <int kBits>
+__device__ __forceinline__ void multiply_run(const uint32_t (&words)[2][kMaxBits],
+                                             const uint32_t (&x)[kBlockFields], int32_t (&sum)[4]) {
+  int32_t sums[kFieldPairs][4] = {};
+#pragma unroll
+  for (int m = 0; m < kFieldPairs; ++m) {
+    const FieldPair pair = field_pair(kBits, m);
+    mma_u8s8(sums[pair.sum], read_field<kBits>(words[0], pair.first, pair.at),
+             read_field<kBits>(words[1], pair.first, pair.at),
+             read_field<kBits>(words[0], pair.second, pair.at),
+             read_field<kBits>(words[1], pair.second, pair.at), x[pair.first], x[pair.second]);
+  }
+  int32_t joined[4];
+  join_kinds<kBits>(sums, joined);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += joined[i];
+}
+
+template <typename T>
+class OneTokenDown {
+ public:
+  __device__ OneTokenDown(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
+      : args_(args), plan_(plan), shared_(shared), in_(static_cast<int>(args.in)) {
+    planes_ = reinterpret_cast<int8_t*>(&shared + 1);
+    vector_ = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && in_ % 8 == 0;
+  }
+
+  __device__ void run() {
+    RowOfToken row_of_token;
+    row_of_token.fetch(args_, static_cast<int>(blockIdx.y), shared_.rows);
+    const uint32_t largest = measure_x();
+    if (threadIdx.x < kRunLanes * kSumDigits) shared_.sums[0][threadIdx.x] = 0;
+    put_warp_max(Eight<T>::bits_of_largest(largest), shared_.largest);
+    row_of_token.store(shared_.rows);
+    __syncthreads();
+    row_ = row_of_token.row(args_, shared_.rows);
+    if (row_ == nullptr) return;
+    const Widths widths(row_, args_.max_rank,
+                        [](int count) { return (count + kRunLanes - 1) / kRunLanes; });
+    if (widths.empty()) return;
+    const int runs = widths.units();
+#pragma unroll 1
+    for (int run = static_cast<int>(blockIdx.x); run < runs; run += static_cast<int>(gridDim.x)) {
+      run_components(widths.find(run), widths.column_words());
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void run_components(const Place& run, int column_words) {
+    const int warp = threadIdx.x / 32;
+    run_ = run;
+    lanes_ = min(run.count - run.unit * kRunLanes, kRunLanes);
+    panel_words_ = column_words * kPanelBlocks;
+    uint32_t words[2][kMaxBits] = {};
+    load(warp, words);
+    fetch_scale();
+    prefetch_panels(warp + kOneWarps);
+    if (!loaded_) load_x();
+    loaded_ = true;
+    __syncthreads();  // digits are there, sums are zero
+    int32_t sum[4] = {};
+#pragma unroll 1
+    for (int panel = warp; panel < panels(); panel += kOneWarps) {
+      uint32_t next[2][kMaxBits] = {};
+      load(panel + kOneWarps, next);
+      multiply(panel, words, sum);
+#pragma unroll
+      for (int j = 0; j < kMaxBits; ++j) words[0][j] = next[0][j], words[1][j] = next[1][j];
+    }
+    add_sums(sum);
+    __syncthreads();
+    if (warp == 0) store_z();
+  }
+
+  // --- words
+
+  __device__ __forceinline__ int panels() const { return static_cast<int>(panel_count(in_)); }
+
+  __device__ __forceinline__ const uint32_t* words_of(int panel, int blocks) const {
+    return args_.arena + row_[kTableVOffset] + panel * panel_words_ +
+           (run_.words + run_.unit * kRunLanes * run_.bits) * blocks;
+  }
+
+  // Codes that are not there are multiplied with zeros, or are of rows that are not there.
+  __device__ __forceinline__ void load(int panel, uint32_t (&words)[2][kMaxBits]) const {
+    if (panel >= panels()) return;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int blocks = panel_blocks(in_, panel), bits = run_.bits;
+    const uint32_t* source = words_of(panel, blocks);
+    const int count = g < lanes_ ? (blocks - t + kHalfBlocks - 1) / kHalfBlocks : 0;
+    load_blocks(source + (g * blocks + t) * bits, kHalfBlocks * bits, count, bits,
+                is_aligned(source), words);
+  }
+
+  // What the warp reads later, so that it comes from L2: a line of 128 bytes a lane.
+  __device__ __forceinline__ void prefetch_panels(int panel) const {
+    const int word = threadIdx.x % 32 * 32;
+#pragma unroll 1
+    for (; panel < panels(); panel += kOneWarps) {
+      const int blocks = panel_blocks(in_, panel);
+      if (word < lanes_ * run_.bits * blocks) prefetch(words_of(panel, blocks) + word);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int panel, const uint32_t (&words)[2][kMaxBits],
+                                           int32_t (&sum)[4]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int8_t* column = planes_ + min(g % 4, kDigits - 1) * plan_.plane_bytes +
+                           panel * kPanelCodes + (g / 4 * kHalfBlocks + t) * kBlockCodes;
+    uint32_t x[kBlockFields];
+    load_words(reinterpret_cast<const uint32_t*>(column), x);
+    for_width(run_.bits, [&](auto width) { multiply_run<decltype(width)::value>(words, x, sum); });
+  }
+
+  // Rows g in columns 0 .. 3, rows g + 8 in columns 4 .. 7: both are component g.
+  __device__ __forceinline__ void add_sums(const int32_t (&sum)[4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int32_t* where = &shared_.sums[g][t % 2 * 2];
+    atomicAdd(where, t < 2 ? sum[0] : sum[2]);
+    atomicAdd(where + 1, t < 2 ? sum[1] : sum[3]);
+  }
+
+  // --- x
+
+  __device__ __forceinline__ const T* x() const { return static_cast<const T*>(args_.x); }
+
+  __device__ __forceinline__ uint32_t measure_x() {
+    constexpr int kStep = kOneThreads * 8;
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int k = static_cast<int>(threadIdx.x) * 8; k < in_; k += kAtOnce * kStep) {
+      Eight<T> eights[kAtOnce] = {};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) load_eight(eights[j], k + j * kStep);
+      if (k < kStep) first_ = eights[0];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) largest = eights[j].largest(largest);
+    }
+    return largest;
+  }
+
+  // Inputs k .. k + 7, if there are any.
+  __device__ __forceinline__ void load_eight(Eight<T>& eight, int k) const {
+    if (k >= in_) return;
+    if (vector_) {
+      eight.load_vector(x() + k);
+    } else {
+      eight.load(x(), k, in_, false);
+    }
+  }
+
+  // Digits of whole panels, zeros behind the last input.
+  __device__ __forceinline__ void load_x() {
+    const Unit unit = unit_for(max_of_warps(shared_.largest));
+    unit_ = unit.unit;
+    const int eights = panels() * kPanelCodes / 8;
+    Eight<T> eight = first_;
+    int64_t sum = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < eights;) {
+      sum += store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
+                          plan_.plane_bytes / 4);
+      i += kOneThreads;
+      eight = {};
+      load_eight(eight, i * 8);
+    }
+    put_warp_sum(sum, shared_.sum_x, false);
+  }
+
+  // --- z, by the first warp
+
+  __device__ __forceinline__ void fetch_scale() {
+    const int lane = threadIdx.x;
+    if (lane < lanes_) {
+      const int component = run_.components + run_.unit * kRunLanes + lane;
+      scale_ = __uint_as_float(args_.arena[row_[kTableScaleOffset] + component]);
+    }
+  }
+
+  // Lane 8i + c: component c of the run, or of the i-th behind it in its group; where the width
+  // ends, zeros.
+  __device__ __forceinline__ void store_z() {
+    constexpr int kRuns = kGroupLanes / kRunLanes;
+    const int lane = threadIdx.x, c = lane % kRunLanes;
+    int32_t* sums = shared_.sums[c];
+    const int64_t sum_x = sum_of_warps(shared_.sum_x);
+    const int64_t levels = 2 * join_digits(sums[0], sums[1], sums[2]) -
+                           static_cast<int64_t>((1 << run_.bits) - 1) * sum_x;
+    float value = scale_ * (static_cast<float>(levels) * unit_);
+    if (lane >= lanes_) value = 0.0f;
+    __syncwarp();  // all sums are read
+    shared_.sums[0][lane] = 0;
+    const bool last = (run_.unit + 1) * kRunLanes >= run_.count;
+    const int run = run_.unit % kRuns + lane / kRunLanes;  // of the group
+    if (run >= kRuns || (lane >= kRunLanes && !last)) return;
+    const int i = run * kRunLanes + c;  // of the group's components
+    float* z = one_token_z(args_, static_cast<int>(blockIdx.y)) +
+               (run_.groups + run_.unit / kRuns) * kGroupLanes;
+    z[i % kGroupQuads * kQuadLanes + i / kGroupQuads] = value;
+  }
+
+  const DeltaGemmCudaArgs& args_;
+  const DownPlan& plan_;
+  DownShared& shared_;
+  const int in_;
+  int8_t* planes_;  // [digit][plane_bytes]
+  bool vector_;
+  const int64_t* row_ = nullptr;
+  Eight<T> first_ = {};
+  bool loaded_ = false;
+  float unit_ = 0.0f;
+  // Of the run in hand:
+  Place run_;
+  int lanes_ = 0, panel_words_ = 0;
+  float scale_ = 0.0f;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kOneThreads, 2)
+    one_token_down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
+                          const __grid_constant__ DownPlan plan) {
+  auto& shared = *static_cast<DownShared*>(dynamic_shared());
+  wait_for_previous_kernel();
+  let_next_kernel_start();  // only now: what it reads early is what came before this kernel
+  OneTokenDown<T>(args, plan, shared).run();
+}
+
+auto kernel_of(Element element) {
+  return element == Element::kFloat  ? one_token_down_kernel<float>
+         : element == Element::kHalf ? one_token_down_kernel<__half>
+                                     : one_token_down_kernel<__nv_bfloat16>;
+}
+
+}  // namespace
+
+cudaError_t launch_one_token_down(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = current_device(device);
+  if (status != cudaSuccess) return status;
+  const DownPlan plan = {static_cast<int>(panel_count(args.in)) * kPanelCodes + 16};
+  // A run a thread block, but no more than are there at the same time.
+  const int runs = static_cast<int>(args.max_rank) / kRunLanes + kMaxBits;
+  const int most = std::max(2 * device.multiprocessors / args.layer_count, 1);
+  const Grid grid = {dim3(std::min(runs, most), args.layer_count), kOneThreads,
+                     sizeof(DownShared) + kDigits * static_cast<size_t>(plan.plane_bytes)};
+  return launch_overlapped(kernel_of(args.element), grid, device, stream, args, plan);
+}
+
+}  // namespace adamix

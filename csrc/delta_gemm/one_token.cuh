@@ -38,19 +38,18 @@ constexpr int kQuadLanes = 4;
 constexpr int kGroupQuads = kGroupLanes / kQuadLanes;
 
 inline bool is_one_token(const DeltaGemmCudaArgs& args) {
-  return args.tokens == 1 && args.max_rank <= kOneRank && args.in <= kOneInputs;
+  return args.tokens == 1 && args.routes.slots != nullptr && args.max_rank <= kOneRank &&
+         args.in <= kOneInputs;
 }
 
-__host__ __device__ constexpr int groups_of(int count) {
+__host__ __device__ constexpr uint32_t groups_of(uint32_t count) {
   return (count + kGroupLanes - 1) / kGroupLanes;
 }
 
-// fp32 z [layers, groups of 16]: no more than few tokens' runs.
-static_assert(kMaxPadding >= kMaxBits * (kGroupLanes - 1) + kQuadLanes - 1);
-
-__device__ __forceinline__ float* one_token_z(const DeltaGemmCudaArgs& args, int layer) {
-  const int row = (static_cast<int>(args.max_rank) + kMaxPadding) / kQuadLanes * kQuadLanes;
-  return static_cast<float*>(args.scratch) + layer * row;
+// fp32 z [layers, groups of 16] in the scratch of few tokens; numbers of a row.
+inline int one_token_z_row(const DeltaGemmCudaArgs& args) {
+  static_assert(kMaxPadding >= kMaxBits * (kGroupLanes - 1) + kQuadLanes - 1);
+  return (static_cast<int>(args.max_rank) + kMaxPadding) / kQuadLanes * kQuadLanes;
 }
 
 // Both need is_one_token(args).
@@ -61,65 +60,41 @@ cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stre
 constexpr int kRowsBeside = kOneThreads / kTableColumns;
 
 struct alignas(16) SharedRows {
-  int64_t words[kOneThreads];
-  int slot;
+  int64_t words[kOneThreads];  // the last one is the slot
 };
+constexpr int kSlotWord = kOneThreads - 1;
+static_assert(kRowsBeside * kTableColumns <= kSlotWord);
 
-// The token's slot where there are segments; ends with a barrier. Kept out of the way of slots.
-__device__ __noinline__ inline int slot_in_segments(const TokenRoutes& routes, int64_t capacity,
-                                                    SharedRows& shared) {
-  if (threadIdx.x == 0) shared.slot = -1;
-  __syncthreads();
-#pragma unroll 1
-  for (int64_t s = threadIdx.x; s < routes.segments; s += kOneThreads) {
-    const int slot = routes.segment_slots[s];
-    const int64_t first = routes.token_starts[s];
-    if (slot < 0 || slot >= capacity || first < 0) continue;
-    const int64_t end = min(first + routes.token_counts[s], routes.indices);
-#pragma unroll 1
-    for (int64_t i = first; i < end; ++i) {
-      if (routes.token_indices[i] == routes.first_token) shared.slot = slot;
-    }
-  }
-  __syncthreads();
-  return shared.slot;
-}
-
-// The row of the token's slot in a layer's table, in two steps, a barrier between them.
+// The row of the token's slot in a layer's table, in steps: fetch, store, a barrier, find.
 class RowOfToken {
  public:
-  __device__ __forceinline__ void fetch(const DeltaGemmCudaArgs& args, int layer,
-                                        SharedRows& shared) {
-    const int capacity = static_cast<int>(args.capacity);
-    slot_ = args.routes.slots != nullptr ? args.routes.slots[0]
-                                         : slot_in_segments(args.routes, capacity, shared);
+  __device__ __forceinline__ void fetch(const DeltaGemmCudaArgs& args, int layer) {
+    const int i = threadIdx.x, capacity = static_cast<int>(args.capacity);
     const int64_t* rows = args.layers[layer].table;
-    beside_ = capacity <= kRowsBeside;
-    int words = capacity * kTableColumns;
-    if (!beside_) {  // a way to memory more
-      there_ = slot_ >= 0 && slot_ < capacity;
-      words = there_ ? kTableColumns : 0;
-      rows += int64_t{slot_} * kTableColumns;
+    if (capacity <= kRowsBeside) {
+      if (i < capacity * kTableColumns) word_ = rows[i];
+    } else if (i < kTableColumns) {  // a way to memory more
+      const int slot = args.routes.slots[0];
+      if (slot >= 0 && slot < capacity) word_ = rows[slot * kTableColumns + i];
     }
-    if (static_cast<int>(threadIdx.x) < words) word_ = rows[threadIdx.x];
+    if (i == kSlotWord) word_ = static_cast<uint32_t>(args.routes.slots[0]);
   }
 
   __device__ __forceinline__ void store(SharedRows& shared) const {
     shared.words[threadIdx.x] = word_;
   }
 
-  // Null: there is no such slot.
-  __device__ __forceinline__ const int64_t* row(const DeltaGemmCudaArgs& args,
-                                                const SharedRows& shared) const {
-    if (!beside_) return there_ ? shared.words : nullptr;
-    const bool there = slot_ >= 0 && slot_ < static_cast<int>(args.capacity);
-    return there ? shared.words + slot_ * kTableColumns : nullptr;
+  // Where the row begins; -1: there is no such slot.
+  __device__ __forceinline__ static int find(const DeltaGemmCudaArgs& args,
+                                             const SharedRows& shared) {
+    const int slot = static_cast<int>(shared.words[kSlotWord]);
+    const int capacity = static_cast<int>(args.capacity);
+    if (slot < 0 || slot >= capacity) return -1;
+    return capacity <= kRowsBeside ? slot * kTableColumns : 0;
   }
 
  private:
   int64_t word_ = 0;
-  int slot_ = -1;
-  bool beside_ = true, there_ = false;
 };
 
 // A width among those of a slot, and a unit of work among the width's.
@@ -137,14 +112,11 @@ class Widths {
  public:
   // units_of(count): of a width.
   template <typename Units>
-  __device__ __forceinline__ Widths(const int64_t* row, int64_t max_rank, Units units_of) {
+  __device__ __forceinline__ Widths(const int64_t* row, int max_rank, Units units_of) {
     const int i = threadIdx.x % kMaxBits;
-    count_ = static_cast<int>(row[kTableFirstCount + i]);
-    const bool once = threadIdx.x % 32 < kMaxBits;
-    const int rank = __reduce_add_sync(kWarp, once ? min(count_, 1 << 24) : 0);
-    empty_ = rank == 0 || rank > max_rank;
-    const uint32_t units = pair(units_of(count_), groups_of(count_));
-    const uint32_t words = pair(count_, count_ * (kMaxBits - i));
+    count_ = static_cast<uint32_t>(row[kTableFirstCount + i]);
+    const uint32_t units = units_of(count_) | groups_of(count_) << 16;
+    const uint32_t words = count_ + (count_ * (kMaxBits - i) << 16);
     units_until_ = units, words_until_ = words;
 #pragma unroll
     for (int distance = 1; distance < kMaxBits; distance *= 2) {
@@ -155,6 +127,9 @@ class Widths {
     units_before_ = units_until_ - units, words_before_ = words_until_ - words;
     all_units_ = __shfl_sync(kWarp, units_until_, kMaxBits - 1);
     all_words_ = __shfl_sync(kWarp, words_until_, kMaxBits - 1);
+    const uint32_t most = static_cast<uint32_t>(max_rank);  // no sum is too large if no count is
+    empty_ = low(all_words_) == 0 || low(all_words_) > max_rank ||
+             __ballot_sync(kWarp, count_ > most) != 0;
   }
 
   __device__ __forceinline__ bool empty() const { return empty_; }  // or too large
@@ -167,8 +142,9 @@ class Widths {
     const int i = __ffs(__ballot_sync(kWarp, unit < low(units_until_))) - 1;
     const uint32_t units = __shfl_sync(kWarp, units_before_, i);
     const uint32_t words = __shfl_sync(kWarp, words_before_, i);
-    return {kMaxBits - i, __shfl_sync(kWarp, count_, i), unit - low(units), high(words), low(words),
-            high(units)};
+    return {kMaxBits - i,      static_cast<int>(__shfl_sync(kWarp, count_, i)),
+            unit - low(units), high(words),
+            low(words),        high(units)};
   }
 
   // The first group behind those of width 8 - i; all lanes ask together.
@@ -177,54 +153,43 @@ class Widths {
   }
 
  private:
-  __device__ static uint32_t pair(int low, int high) {
-    return static_cast<uint32_t>(low) + (static_cast<uint32_t>(high) << 16);
-  }
   __device__ static int low(uint32_t pair) { return static_cast<int>(pair & 0xffffu); }
   __device__ static int high(uint32_t pair) { return static_cast<int>(pair >> 16); }
 
-  int count_;
+  uint32_t count_;
   bool empty_;
   uint32_t units_until_, units_before_, all_units_;  // units, groups
   uint32_t words_until_, words_before_, all_words_;  // components, words
 };
 
-static_assert(kOneRank * kMaxBits < 1 << 16);
+static_assert(kOneRank * kMaxBits < 1 << 16);  // words, and what eight counts are together
 
-template <int kEach, int kBlocks>
-__device__ __forceinline__ void load_blocks(const uint32_t* source, int stride, int count, int bits,
+template <int kBits, int kEach, int kBlocks>
+__device__ __forceinline__ void load_pieces(const uint32_t* first, const int (&at)[kBlocks],
                                             uint32_t (&words)[kBlocks][kMaxBits]) {
 #pragma unroll
-  for (int n = 0; n < kBlocks; ++n, source += stride) {
-    const int end = n < count ? bits : 0;
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-    for (int j = 0; j < kMaxBits; j += kEach) {
-      if (j >= end) continue;
+    for (int j = 0; j < kBits; j += kEach) {
       uint32_t some[kEach];
-      load_words(source + j, some);
+      load_words(first + at[n] * kBits + j, some);
 #pragma unroll
       for (int k = 0; k < kEach; ++k) words[n][j + k] = some[k];
     }
   }
 }
 
-// Blocks of `bits` words, `stride` words apart, `count` of them; the rest is left as it is. As many
-// words at a time as divide the width; aligned: whether the first begins at 16 bytes, but for whole
-// blocks.
-template <int kBlocks>
-__device__ __forceinline__ void load_blocks(const uint32_t* source, int stride, int count, int bits,
-                                            bool aligned, uint32_t (&words)[kBlocks][kMaxBits]) {
-  if (aligned && bits % 4 == 0) {
-    load_blocks<4>(source, stride, count, bits, words);
-  } else if (aligned && bits % 2 == 0) {
-    load_blocks<2>(source, stride, count, bits, words);
+// Blocks of kBits words, so many blocks behind the first, as many words at a time as divide the
+// width, if the first begins at 16 bytes.
+template <int kBits, int kBlocks>
+__device__ __forceinline__ void load_blocks(const uint32_t* first, const int (&at)[kBlocks],
+                                            uint32_t (&words)[kBlocks][kMaxBits]) {
+  constexpr int kEach = kBits % 4 == 0 ? 4 : kBits % 2 == 0 ? 2 : 1;
+  if (kEach == 1 || reinterpret_cast<uintptr_t>(first) % 16 == 0) {
+    load_pieces<kBits, kEach>(first, at, words);
   } else {
-    load_blocks<1>(source, stride, count, bits, words);
+    load_pieces<kBits, 1>(first, at, words);
   }
-}
-
-__device__ __forceinline__ bool is_aligned(const uint32_t* words) {
-  return reinterpret_cast<uintptr_t>(words) % 16 == 0;
 }
 
 }  // namespace adamix

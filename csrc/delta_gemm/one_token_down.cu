@@ -20,7 +20,9 @@ constexpr int kAtOnce = 4;     // vectors of x on their way to a thread
 constexpr int kSumDigits = 4;  // of a component in shared memory: one is padding
 
 struct DownPlan {
-  int plane_bytes;  // of a digit of x: planes begin in different banks
+  int panels, blocks;  // of x
+  int plane_bytes;     // of a digit of x: planes begin in different banks
+  int z_row;
 };
 
 struct alignas(16) DownShared {
@@ -49,27 +51,29 @@ __device__ __forceinline__ void multiply_run(const uint32_t (&words)[2][kMaxBits
   for (int i = 0; i < 4; ++i) sum[i] += joined[i];
 }
 
-template <typename T>
+// kVector: x may be read 16 bytes at a time.
+template <typename T, bool kVector>
 class OneTokenDown {
  public:
   __device__ OneTokenDown(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
       : args_(args), plan_(plan), shared_(shared), in_(static_cast<int>(args.in)) {
     planes_ = reinterpret_cast<int8_t*>(&shared + 1);
-    vector_ = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && in_ % 8 == 0;
   }
 
   __device__ void run() {
     RowOfToken row_of_token;
-    row_of_token.fetch(args_, static_cast<int>(blockIdx.y), shared_.rows);
+    load_eight(first_, static_cast<int>(threadIdx.x) * 8);
+    row_of_token.fetch(args_, static_cast<int>(blockIdx.y));
     const uint32_t largest = measure_x();
     if (threadIdx.x < kRunLanes * kSumDigits) shared_.sums[0][threadIdx.x] = 0;
     put_warp_max(Eight<T>::bits_of_largest(largest), shared_.largest);
     row_of_token.store(shared_.rows);
     __syncthreads();
-    row_ = row_of_token.row(args_, shared_.rows);
-    if (row_ == nullptr) return;
-    const Widths widths(row_, args_.max_rank,
-                        [](int count) { return (count + kRunLanes - 1) / kRunLanes; });
+    const int row = RowOfToken::find(args_, shared_.rows);
+    if (row < 0) return;
+    row_ = shared_.rows.words + row;
+    const Widths widths(row_, static_cast<int>(args_.max_rank),
+                        [](uint32_t count) { return (count + kRunLanes - 1) / kRunLanes; });
     if (widths.empty()) return;
     const int runs = widths.units();
 #pragma unroll 1
@@ -84,22 +88,21 @@ class OneTokenDown {
     run_ = run;
     lanes_ = min(run.count - run.unit * kRunLanes, kRunLanes);
     panel_words_ = column_words * kPanelBlocks;
-    uint32_t words[2][kMaxBits] = {};
-    load(warp, words);
     fetch_scale();
+    uint32_t words[2][kMaxBits];
+    if (warp < plan_.panels) load(warp, words);
     prefetch_panels(warp + kOneWarps);
     if (!loaded_) load_x();
     loaded_ = true;
     __syncthreads();  // digits are there, sums are zero
     int32_t sum[4] = {};
 #pragma unroll 1
-    for (int panel = warp; panel < panels(); panel += kOneWarps) {
-      uint32_t next[2][kMaxBits] = {};
-      load(panel + kOneWarps, next);
+    for (int panel = warp; panel < plan_.panels;) {
       multiply(panel, words, sum);
-#pragma unroll
-      for (int j = 0; j < kMaxBits; ++j) words[0][j] = next[0][j], words[1][j] = next[1][j];
+      panel += kOneWarps;
+      if (panel < plan_.panels) load(panel, words);
     }
+    put_warp_sum(sum_x_, shared_.sum_x, false);
     add_sums(sum);
     __syncthreads();
     if (warp == 0) store_z();
@@ -107,30 +110,32 @@ class OneTokenDown {
 
   // --- words
 
-  __device__ __forceinline__ int panels() const { return static_cast<int>(panel_count(in_)); }
+  __device__ __forceinline__ int blocks_of(int panel) const {
+    return min(plan_.blocks - panel * kPanelBlocks, kPanelBlocks);
+  }
 
   __device__ __forceinline__ const uint32_t* words_of(int panel, int blocks) const {
     return args_.arena + row_[kTableVOffset] + panel * panel_words_ +
            (run_.words + run_.unit * kRunLanes * run_.bits) * blocks;
   }
 
-  // Codes that are not there are multiplied with zeros, or are of rows that are not there.
+  // In place of what is not there, the run's first block: multiplied with zeros, or in rows that
+  // nobody reads.
   __device__ __forceinline__ void load(int panel, uint32_t (&words)[2][kMaxBits]) const {
-    if (panel >= panels()) return;
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int blocks = panel_blocks(in_, panel), bits = run_.bits;
-    const uint32_t* source = words_of(panel, blocks);
-    const int count = g < lanes_ ? (blocks - t + kHalfBlocks - 1) / kHalfBlocks : 0;
-    load_blocks(source + (g * blocks + t) * bits, kHalfBlocks * bits, count, bits,
-                is_aligned(source), words);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = blocks_of(panel);
+    const uint32_t* first = words_of(panel, blocks);
+    const int block = g * blocks + t, left = g < lanes_ ? blocks - t : 0;
+    const int at[2] = {left > 0 ? block : 0, left > kHalfBlocks ? block + kHalfBlocks : 0};
+    for_width(run_.bits,
+              [&](auto width) { load_blocks<decltype(width)::value>(first, at, words); });
   }
 
   // What the warp reads later, so that it comes from L2: a line of 128 bytes a lane.
   __device__ __forceinline__ void prefetch_panels(int panel) const {
     const int word = threadIdx.x % 32 * 32;
 #pragma unroll 1
-    for (; panel < panels(); panel += kOneWarps) {
-      const int blocks = panel_blocks(in_, panel);
+    for (; panel < plan_.panels; panel += kOneWarps) {
+      const int blocks = blocks_of(panel);
       if (word < lanes_ * run_.bits * blocks) prefetch(words_of(panel, blocks) + word);
     }
   }
@@ -157,26 +162,26 @@ class OneTokenDown {
 
   __device__ __forceinline__ const T* x() const { return static_cast<const T*>(args_.x); }
 
+  // first_ stays, since there are seldom more.
   __device__ __forceinline__ uint32_t measure_x() {
     constexpr int kStep = kOneThreads * 8;
+    const int first = static_cast<int>(threadIdx.x) * 8;
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int k = static_cast<int>(threadIdx.x) * 8; k < in_; k += kAtOnce * kStep) {
+    for (int k = kStep; k < in_; k += kAtOnce * kStep) {
       Eight<T> eights[kAtOnce] = {};
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) load_eight(eights[j], k + j * kStep);
-      if (k < kStep) first_ = eights[0];
+      for (int j = 0; j < kAtOnce; ++j) load_eight(eights[j], first + k + j * kStep);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) largest = eights[j].largest(largest);
     }
-    return largest;
+    return first_.largest(largest);
   }
 
   // Inputs k .. k + 7, if there are any.
   __device__ __forceinline__ void load_eight(Eight<T>& eight, int k) const {
-    if (k >= in_) return;
-    if (vector_) {
-      eight.load_vector(x() + k);
+    if constexpr (kVector) {
+      if (k < in_) eight.load_vector(x() + k);
     } else {
       eight.load(x(), k, in_, false);
     }
@@ -184,20 +189,18 @@ class OneTokenDown {
 
   // Digits of whole panels, zeros behind the last input.
   __device__ __forceinline__ void load_x() {
-    const Unit unit = unit_for(max_of_warps(shared_.largest));
+    const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
     unit_ = unit.unit;
-    const int eights = panels() * kPanelCodes / 8;
+    const int eights = plan_.panels * kPanelCodes / 8;
     Eight<T> eight = first_;
-    int64_t sum = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < eights;) {
-      sum += store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
-                          plan_.plane_bytes / 4);
+      sum_x_ += store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
+                             plan_.plane_bytes / 4);
       i += kOneThreads;
       eight = {};
       load_eight(eight, i * 8);
     }
-    put_warp_sum(sum, shared_.sum_x, false);
   }
 
   // --- z, by the first warp
@@ -216,7 +219,7 @@ class OneTokenDown {
     constexpr int kRuns = kGroupLanes / kRunLanes;
     const int lane = threadIdx.x, c = lane % kRunLanes;
     int32_t* sums = shared_.sums[c];
-    const int64_t sum_x = sum_of_warps(shared_.sum_x);
+    const int64_t sum_x = sum_of_warps(shared_.sum_x, kOneWarps);
     const int64_t levels = 2 * join_digits(sums[0], sums[1], sums[2]) -
                            static_cast<int64_t>((1 << run_.bits) - 1) * sum_x;
     float value = scale_ * (static_cast<float>(levels) * unit_);
@@ -227,7 +230,7 @@ class OneTokenDown {
     const int run = run_.unit % kRuns + lane / kRunLanes;  // of the group
     if (run >= kRuns || (lane >= kRunLanes && !last)) return;
     const int i = run * kRunLanes + c;  // of the group's components
-    float* z = one_token_z(args_, static_cast<int>(blockIdx.y)) +
+    float* z = static_cast<float*>(args_.scratch) + static_cast<int>(blockIdx.y) * plan_.z_row +
                (run_.groups + run_.unit / kRuns) * kGroupLanes;
     z[i % kGroupQuads * kQuadLanes + i / kGroupQuads] = value;
   }
@@ -237,31 +240,32 @@ class OneTokenDown {
   DownShared& shared_;
   const int in_;
   int8_t* planes_;  // [digit][plane_bytes]
-  bool vector_;
   const int64_t* row_ = nullptr;
   Eight<T> first_ = {};
   bool loaded_ = false;
   float unit_ = 0.0f;
+  int sum_x_ = 0;  // of the thread's numbers, of which there are at most 60
   // Of the run in hand:
   Place run_;
   int lanes_ = 0, panel_words_ = 0;
   float scale_ = 0.0f;
 };
 
-template <typename T>
+template <typename T, bool kVector>
 __global__ void __launch_bounds__(kOneThreads, 2)
     one_token_down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                           const __grid_constant__ DownPlan plan) {
   auto& shared = *static_cast<DownShared*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: what it reads early is what came before this kernel
-  OneTokenDown<T>(args, plan, shared).run();
+  OneTokenDown<T, kVector>(args, plan, shared).run();
 }
 
+template <bool kVector>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? one_token_down_kernel<float>
-         : element == Element::kHalf ? one_token_down_kernel<__half>
-                                     : one_token_down_kernel<__nv_bfloat16>;
+  return element == Element::kFloat  ? one_token_down_kernel<float, kVector>
+         : element == Element::kHalf ? one_token_down_kernel<__half, kVector>
+                                     : one_token_down_kernel<__nv_bfloat16, kVector>;
 }
 
 }  // namespace
@@ -270,13 +274,17 @@ cudaError_t launch_one_token_down(const DeltaGemmCudaArgs& args, cudaStream_t st
   Device device;
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
-  const DownPlan plan = {static_cast<int>(panel_count(args.in)) * kPanelCodes + 16};
+  const int panels = static_cast<int>(panel_count(args.in));
+  const DownPlan plan = {panels, static_cast<int>(block_count(args.in)), panels * kPanelCodes + 16,
+                         one_token_z_row(args)};
   // A run a thread block, but no more than are there at the same time.
   const int runs = static_cast<int>(args.max_rank) / kRunLanes + kMaxBits;
   const int most = std::max(2 * device.multiprocessors / args.layer_count, 1);
   const Grid grid = {dim3(std::min(runs, most), args.layer_count), kOneThreads,
                      sizeof(DownShared) + kDigits * static_cast<size_t>(plan.plane_bytes)};
-  return launch_overlapped(kernel_of(args.element), grid, device, stream, args, plan);
+  const bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.in % 8 == 0;
+  const auto kernel = vector ? kernel_of<true>(args.element) : kernel_of<false>(args.element);
+  return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

@@ -24,8 +24,9 @@ constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
 constexpr int kMaxGroups = groups_of(kOneRank) + kMaxBits;
 
 struct UpPlan {
-  int shift;        // a tile has 1 << shift blocks
-  int stages;       // of a chunk: what is in shared memory at a time
+  int shift;   // a tile has 1 << shift blocks
+  int stages;  // of a chunk: what is in shared memory at a time
+  int z_row;
   int plane_words;  // of a digit of z: planes begin in different banks
   int first_tile[kMaxLayers];
 };
@@ -62,8 +63,15 @@ __device__ __forceinline__ void unpack_quad(const uint32_t (&words)[kQuadLanes][
   }
 }
 
-template <typename T>
+template <typename T, int kShift>
 class OneTokenUp {
+  // Of a tile, and what else follows from it.
+  static constexpr int kBlocks = 1 << kShift, kOutputs = kBlockCodes * kBlocks;
+  static constexpr int kRows = kBlockRows * kBlocks;               // of 16 outputs
+  static constexpr int kSplits = kOneWarps / kRows;                // warps that share them
+  static constexpr int kStageGroups = (1 << kMaxShift) / kBlocks;  // of a stage
+  static constexpr int kGroupWords = kBlockWords * kBlocks;
+
  public:
   __device__ OneTokenUp(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
       : args_(args), plan_(plan), shared_(shared) {
@@ -73,20 +81,21 @@ class OneTokenUp {
     const int block = static_cast<int>(blockIdx.x);
     while (layer_ + 1 < args.layer_count && block >= plan.first_tile[layer_ + 1]) ++layer_;
     out_ = static_cast<int>(args.layers[layer_].out);
-    first_block_ = (block - plan.first_tile[layer_]) << plan.shift;
+    blocks_ = static_cast<int>((static_cast<uint32_t>(out_) + kBlockCodes - 1) / kBlockCodes);
+    first_block_ = (block - plan.first_tile[layer_]) * kBlocks;
   }
 
   __device__ void run() {
     RowOfToken row_of_token;
-    row_of_token.fetch(args_, layer_, shared_.rows);
+    row_of_token.fetch(args_, layer_);
     zero_sums();
     row_of_token.store(shared_.rows);
     __syncthreads();
-    row_ = row_of_token.row(args_, shared_.rows);
-    if (row_ == nullptr) return wait_for_previous_kernel();
-    const int shift = plan_.shift;
-    const Widths widths(row_, args_.max_rank, [shift](int count) {
-      return (groups_of(count) + (1 << (kMaxShift - shift)) - 1) >> (kMaxShift - shift);
+    const int row = RowOfToken::find(args_, shared_.rows);
+    if (row < 0) return wait_for_previous_kernel();
+    row_ = shared_.rows.words + row;
+    const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
+      return (groups_of(count) + kStageGroups - 1) / kStageGroups;
     });
     // Not without waiting: else the kernel after could overtake `down`.
     if (widths.empty()) return wait_for_previous_kernel();
@@ -95,7 +104,6 @@ class OneTokenUp {
 
  private:
   __device__ __forceinline__ void run_tile(const Widths& widths) {
-    set_top_codes(widths);
     int32_t sum[4] = {};
     int64_t offset = 0;
     int first_group = 0;
@@ -106,7 +114,10 @@ class OneTokenUp {
           last < widths.units() ? group_of_stage(widths.find(last)) : widths.groups();
       if (stage > 0) __syncthreads();  // the codes before are multiplied
       unpack(widths, stage, last, first_group);
-      if (stage == 0) offset = prepare_z(widths.groups());
+      if (stage == 0) {
+        set_top_codes(widths);
+        offset = prepare_z(widths.groups());
+      }
       __syncthreads();
       multiply(first_group, end_group - first_group, sum);
       first_group = end_group;
@@ -120,7 +131,7 @@ class OneTokenUp {
   // --- codes
 
   __device__ __forceinline__ int group_of_stage(const Place& stage) const {
-    return stage.groups + (stage.unit << (kMaxShift - plan_.shift));
+    return stage.groups + stage.unit * kStageGroups;
   }
 
   __device__ __forceinline__ void set_top_codes(const Widths& widths) {
@@ -139,27 +150,34 @@ class OneTokenUp {
   // A stage: a thread a quad and block, blocks side by side, quads of up to 8 groups behind.
   __device__ __forceinline__ void unpack(const Widths& widths, int first, int last,
                                          int first_group) {
-    const int shift = plan_.shift, lane = threadIdx.x % 32;
-    const int panel = first_block_ / kPanelBlocks, blocks = panel_blocks(out_, panel);
-    const int block = lane & ((1 << shift) - 1), of_panel = first_block_ % kPanelBlocks + block;
-    const int quad = lane >> shift, j = quad % kGroupQuads;
+    const int lane = threadIdx.x % 32, quad = lane / kBlocks, j = quad % kGroupQuads;
+    const int panel = static_cast<uint32_t>(first_block_) / kPanelBlocks;
+    const int blocks = min(blocks_ - panel * kPanelBlocks, kPanelBlocks);
+    const int block = lane % kBlocks, of_panel = first_block_ - panel * kPanelBlocks + block;
     const uint32_t* start =
         args_.arena + row_[kTableUOffset] + panel * kPanelBlocks * widths.column_words();
 #pragma unroll 1
     for (int unit = first + static_cast<int>(threadIdx.x / 32); unit < last; unit += kOneWarps) {
       const Place stage = widths.find(unit);
-      const int group = (stage.unit << (kMaxShift - shift)) + quad / kGroupQuads;  // of the width
-      const int component = group * kGroupLanes + j, bits = stage.bits;
+      const int group = stage.unit * kStageGroups + quad / kGroupQuads;  // of the width
+      const int component = group * kGroupLanes + j;
       const int left = stage.count - component;
       const uint32_t* width = start + blocks * stage.words;
-      uint32_t words[kQuadLanes][kMaxBits] = {};
-      load_blocks(width + (blocks * component + of_panel) * bits, kGroupQuads * blocks * bits,
-                  of_panel < blocks ? (left + kGroupQuads - 1) / kGroupQuads : 0, bits,
-                  is_aligned(width), words);
       if (left + j <= 0) continue;  // behind the width's last group
+      int at[kQuadLanes];  // the width's first block in place of what is not there: times zeros
+#pragma unroll
+      for (int i = 0; i < kQuadLanes; ++i) {
+        const bool there = i * kGroupQuads < left && of_panel < blocks;
+        at[i] = there ? blocks * (component + i * kGroupQuads) + of_panel : 0;
+      }
       uint32_t* target =
-          codes_ + (((stage.groups + group - first_group) << shift) + block) * kBlockWords + j * 2;
-      for_width(bits, [&](auto width) { unpack_quad<decltype(width)::value>(words, target); });
+          codes_ + ((stage.groups + group - first_group) * kBlocks + block) * kBlockWords + j * 2;
+      for_width(stage.bits, [&](auto bits) {
+        constexpr int kBits = decltype(bits)::value;
+        uint32_t words[kQuadLanes][kMaxBits];
+        load_blocks<kBits>(width, at, words);
+        unpack_quad<kBits>(words, target);
+      });
     }
   }
 
@@ -168,27 +186,25 @@ class OneTokenUp {
   // z's digits, and the sum of (2^b - 1) · z of the thread's numbers. A barrier must follow.
   __device__ __forceinline__ int64_t prepare_z(int groups) {
     wait_for_previous_kernel();
-    const auto* z = reinterpret_cast<const float4*>(one_token_z(args_, layer_));
+    const auto* z = reinterpret_cast<const float4*>(static_cast<const float*>(args_.scratch) +
+                                                    layer_ * plan_.z_row);
     const int quads = groups * kGroupQuads;
-    float4 first = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const int mine = threadIdx.x;
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (mine < quads) four = z[mine];
+    if (mine < outputs()) y_ = y()[mine];
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < quads; i += kOneThreads) {
-      const float4 four = z[i];
-      if (i < kOneThreads) first = four;
-      largest = max(max(largest, magnitude_bits(four.x)), magnitude_bits(four.y));
-      largest = max(max(largest, magnitude_bits(four.z)), magnitude_bits(four.w));
+    for (int i = mine + kOneThreads; i < quads; i += kOneThreads) {
+      largest = max(largest, largest_of(z[i]));
     }
-    const int row = first_block_ * kBlockCodes + static_cast<int>(threadIdx.x);
-    if (static_cast<int>(threadIdx.x) < outputs()) y_ = widen(y()[row]);
-    put_warp_max(largest, shared_.largest);
+    put_warp_max(max(largest, largest_of(four)), shared_.largest);
     __syncthreads();
-    const Unit unit = unit_for(max_of_warps(shared_.largest));
+    const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
     unit_ = unit.unit;
     int64_t offset = 0;
-    float4 four = first;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < quads;) {
+    for (int i = mine; i < quads;) {
       const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
       uint32_t digit[kDigits];
       digits_of_field(values, unit, digit);
@@ -198,47 +214,48 @@ class OneTokenUp {
         planes_[d * plan_.plane_words + i] = digit[d];
         sums[d] = sum_bytes(digit[d], 0);
       }
-      offset += join_digits(sums[0], sums[1], sums[2]) * shared_.top_codes[i / kGroupQuads];
+      const int top = shared_.top_codes[static_cast<uint32_t>(i) / kGroupQuads];
+      offset += int64_t{join_few_digits(sums[0], sums[1], sums[2])} * top;
       i += kOneThreads;
       if (i < quads) four = z[i];
     }
     return offset;
   }
 
+  __device__ __forceinline__ static uint32_t largest_of(const float4& four) {
+    return max(max(magnitude_bits(four.x), magnitude_bits(four.y)),
+               max(magnitude_bits(four.z), magnitude_bits(four.w)));
+  }
+
   // --- product
 
   // A warp's 16 outputs times its pairs of groups.
   __device__ __forceinline__ void multiply(int first_group, int groups, int32_t (&sum)[4]) const {
-    const int shift = plan_.shift, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int splits = kOneWarps / kBlockRows >> shift;
-    const int group_words = kBlockWords << shift;
-    const uint32_t* digits = planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
-                             first_group * kGroupQuads + lane % 4;
-    const uint32_t* codes = codes_ + tile_row() / kBlockRows * kBlockWords +
+    const int lane = threadIdx.x % 32, begin = threadIdx.x / 32 / kRows * 2;
+    const uint32_t* z = planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
+                        (first_group + begin) * kGroupQuads + lane % 4;
+    const uint32_t* codes = codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
                             tile_row() % kBlockRows * kRowWords + lane * 2;
 #pragma unroll 2
-    for (int group = (warp >> shift) / kBlockRows * 2; group < groups; group += splits * 2) {
-      const uint32_t* upper = codes + group * group_words;
-      const bool two = group + 1 < groups;
-      const uint2 a = *reinterpret_cast<const uint2*>(upper);
+    for (int left = groups - begin; left > 0; left -= kSplits * 2) {
+      const uint2 a = *reinterpret_cast<const uint2*>(codes);
       uint2 b = make_uint2(0, 0);
-      uint32_t z = 0;
-      if (two) {
-        b = *reinterpret_cast<const uint2*>(upper + group_words);
-        z = digits[(group + 1) * kGroupQuads];
+      uint32_t next = 0;
+      if (left > 1) {
+        b = *reinterpret_cast<const uint2*>(codes + kGroupWords);
+        next = z[kGroupQuads];
       }
-      mma_u8s8(sum, a.x, a.y, b.x, b.y, digits[group * kGroupQuads], z);
+      mma_u8s8(sum, a.x, a.y, b.x, b.y, z[0], next);
+      codes += kSplits * 2 * kGroupWords;
+      z += kSplits * 2 * kGroupQuads;
     }
   }
 
   // Which 16 outputs of the tile are the warp's.
-  __device__ __forceinline__ int tile_row() const {
-    return threadIdx.x / 32 & ((kBlockRows << plan_.shift) - 1);
-  }
+  __device__ __forceinline__ static int tile_row() { return threadIdx.x / 32 % kRows; }
 
   __device__ __forceinline__ void zero_sums() {
-    const int rows = kTileRows * kBlockRows << plan_.shift;
-    if (static_cast<int>(threadIdx.x) < rows) {
+    if (threadIdx.x < kOutputs) {
       reinterpret_cast<uint4*>(shared_.sums)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     }
   }
@@ -255,21 +272,23 @@ class OneTokenUp {
 
   // --- y, one output a thread
 
-  __device__ __forceinline__ T* y() const { return static_cast<T*>(args_.layers[layer_].y); }
+  __device__ __forceinline__ T* y() const {
+    return static_cast<T*>(args_.layers[layer_].y) + first_block_ * kBlockCodes;
+  }
 
   __device__ __forceinline__ int outputs() const {
-    return min(out_ - first_block_ * kBlockCodes, kBlockCodes << plan_.shift);
+    return min(out_ - first_block_ * kBlockCodes, kOutputs);
   }
 
   __device__ __forceinline__ void add_to_y() {
-    const int i = threadIdx.x;
-    if (i / 32 >= kBlockCodes << plan_.shift >> 5) return;
-    const int64_t offset = sum_of_warps(shared_.level_offset);
-    if (i >= outputs()) return;
+    const uint32_t i = threadIdx.x;
+    if (i >= kOutputs) return;
+    const int64_t offset = sum_of_warps(shared_.level_offset, kOneWarps);
+    if (static_cast<int>(i) >= outputs()) return;
     const int32_t* sums = shared_.sums[i / kTileRows][i % kTileRows / 2 + i % 2 * 8];
     const int64_t sum = join_digits(sums[0], sums[1], sums[2]);
     const float delta = static_cast<float>(2 * sum - offset) * unit_;
-    y()[first_block_ * kBlockCodes + i] = narrow<T>(y_ + delta);
+    y()[i] = narrow<T>(widen(y_) + delta);
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -277,24 +296,34 @@ class OneTokenUp {
   UpShared& shared_;
   uint32_t* planes_;  // [digit][plane_words]
   uint32_t* codes_;   // as drawn above
-  int layer_, out_, first_block_;
+  int layer_, out_, blocks_, first_block_;
   const int64_t* row_ = nullptr;
-  float unit_ = 0.0f, y_ = 0.0f;
+  float unit_ = 0.0f;
+  T y_;  // before
 };
 
-template <typename T>
+template <typename T, int kShift>
 __global__ void __launch_bounds__(kOneThreads, 2)
     one_token_up_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                         const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  OneTokenUp<T>(args, plan, shared).run();
+  OneTokenUp<T, kShift>(args, plan, shared).run();
 }
 
+template <int kShift>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? one_token_up_kernel<float>
-         : element == Element::kHalf ? one_token_up_kernel<__half>
-                                     : one_token_up_kernel<__nv_bfloat16>;
+  return element == Element::kFloat  ? one_token_up_kernel<float, kShift>
+         : element == Element::kHalf ? one_token_up_kernel<__half, kShift>
+                                     : one_token_up_kernel<__nv_bfloat16, kShift>;
+}
+
+auto kernel_of(Element element, int shift) {
+  static_assert(kMaxShift == 3);
+  return shift == 0   ? kernel_of<0>(element)
+         : shift == 1 ? kernel_of<1>(element)
+         : shift == 2 ? kernel_of<2>(element)
+                      : kernel_of<3>(element);
 }
 
 // Tiles of 1 << shift blocks, those of all layers one after the other.
@@ -320,7 +349,8 @@ cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stre
   while (tiles > 2 * device.multiprocessors && plan.shift < kMaxShift) {
     tiles = count_tiles(args, ++plan.shift, plan.first_tile);
   }
-  const int groups = (static_cast<int>(args.max_rank) + kMaxPadding) / kGroupLanes;
+  plan.z_row = one_token_z_row(args);
+  const int groups = plan.z_row / kGroupLanes;
   plan.plane_words = (groups * kGroupQuads + 31) / 32 * 32 + 8;
   const int fixed = static_cast<int>(sizeof(UpShared)) + kDigits * plan.plane_words * 4;
   const int group_bytes = kBlockWords * 4 << plan.shift;
@@ -329,7 +359,7 @@ cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stre
   plan.stages = room * of_stage >= groups ? groups + kMaxBits : room;
   const int bytes = fixed + std::min(room * of_stage, groups) * group_bytes;
   const Grid grid = {dim3(static_cast<unsigned>(tiles)), kOneThreads, static_cast<size_t>(bytes)};
-  return launch_overlapped(kernel_of(args.element), grid, device, stream, args, plan);
+  return launch_overlapped(kernel_of(args.element, plan.shift), grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

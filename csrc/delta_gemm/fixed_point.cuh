@@ -77,16 +77,11 @@ __device__ __forceinline__ int64_t join_digits(int high, int middle, int low) {
   return (int64_t{high} << 16) + (int64_t{middle} << 8) + low;
 }
 
-// Of some hundred numbers.
-__device__ __forceinline__ int join_few_digits(int high, int middle, int low) {
-  return high * 0x10000 + middle * 0x100 + low;
-}
-
 // The digits of eight adjacent elements to three planes, in the byte order of fields, each plane
 // aligned to 8 bytes there. Returns the sum of the numbers.
 template <typename T>
-__device__ __forceinline__ int store_digits(const Eight<T>& eight, const Unit& unit,
-                                            uint32_t* planes, int plane_words) {
+__device__ __forceinline__ int64_t store_digits(const Eight<T>& eight, const Unit& unit,
+                                                uint32_t* planes, int plane_words) {
   uint32_t digit[2][kDigits];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -101,7 +96,7 @@ __device__ __forceinline__ int store_digits(const Eight<T>& eight, const Unit& u
     sums[d] = sum_bytes(digit[0][d], sum_bytes(digit[1][d], 0));
     *reinterpret_cast<uint2*>(planes + d * plane_words) = make_uint2(digit[0][d], digit[1][d]);
   }
-  return join_few_digits(sums[0], sums[1], sums[2]);
+  return join_digits(sums[0], sums[1], sums[2]);
 }
 
 // --- over the thread block; each of these in two steps, a warp's part and what all parts give, so
@@ -134,10 +129,9 @@ __device__ __forceinline__ void put_warp_sum(int64_t value, int64_t* warps, bool
 }
 
 // All threads of a warp ask together.
-__device__ __forceinline__ int64_t sum_of_warps(const int64_t* warps,
-                                                uint32_t count = blockDim.x / 32) {
+__device__ __forceinline__ int64_t sum_of_warps(const int64_t* warps) {
   const uint32_t lane = threadIdx.x % 32;
-  return sum_of_warp(lane < count ? warps[lane] : 0);
+  return sum_of_warp(lane < blockDim.x / 32 ? warps[lane] : 0);
 }
 
 }  // namespace adamix

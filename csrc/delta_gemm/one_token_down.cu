@@ -29,14 +29,14 @@ struct alignas(16) DownShared {
   SharedRows rows;
   int32_t sums[kRunLanes][kSumDigits];
   uint32_t largest[32];  // of each warp's values
-  int64_t sum_x[32];     // of each warp's numbers
 };
 
-// A thread's sums of a panel, added to those before.
+// A thread's sums of a panel over levels, added to those before: of codes, and by the same
+// operation of ones, since level = 2 * code - (2^b - 1).
 template <int kBits>
 __device__ __forceinline__ void multiply_run(const uint32_t (&words)[2][kMaxBits],
                                              const uint32_t (&x)[kBlockFields], int32_t (&sum)[4]) {
-  int32_t sums[kFieldPairs][4] = {};
+  int32_t sums[kFieldPairs][4] = {}, ones[4] = {};
 #pragma unroll
   for (int m = 0; m < kFieldPairs; ++m) {
     const FieldPair pair = field_pair(kBits, m);
@@ -44,12 +44,15 @@ __device__ __forceinline__ void multiply_run(const uint32_t (&words)[2][kMaxBits
              read_field<kBits>(words[1], pair.first, pair.at),
              read_field<kBits>(words[0], pair.second, pair.at),
              read_field<kBits>(words[1], pair.second, pair.at), x[pair.first], x[pair.second]);
+    mma_u8s8(ones, kEveryByte, kEveryByte, kEveryByte, kEveryByte, x[pair.first], x[pair.second]);
   }
   int32_t joined[4];
   join_kinds<kBits>(sums, joined);
+  constexpr int kTop = static_cast<int>(max_code(kBits));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sum[i] += joined[i];
+  for (int i = 0; i < 4; ++i) sum[i] += 2 * joined[i] - kTop * ones[i];
 }
+static_assert(int64_t{2} * 255 * 128 * kOneInputs < int64_t{1} << 31);
 
 // kVector: x may be read 16 bytes at a time.
 template <typename T, bool kVector>
@@ -74,38 +77,48 @@ class OneTokenDown {
     row_ = shared_.rows.words + row;
     const Widths widths(row_, static_cast<int>(args_.max_rank),
                         [](uint32_t count) { return (count + kRunLanes - 1) / kRunLanes; });
-    if (widths.empty()) return;
-    const int runs = widths.units();
-#pragma unroll 1
-    for (int run = static_cast<int>(blockIdx.x); run < runs; run += static_cast<int>(gridDim.x)) {
-      run_components(widths.find(run), widths.column_words());
-    }
-  }
-
- private:
-  __device__ __forceinline__ void run_components(const Place& run, int column_words) {
-    const int warp = threadIdx.x / 32;
-    run_ = run;
-    lanes_ = min(run.count - run.unit * kRunLanes, kRunLanes);
-    panel_words_ = column_words * kPanelBlocks;
-    fetch_scale();
+    const int run = static_cast<int>(blockIdx.x), warp = threadIdx.x / 32;
+    if (widths.empty() || run >= widths.units()) return;
+    run_ = widths.find(run);
+    lanes_ = min(run_.count - run_.unit * kRunLanes, kRunLanes);
+    panel_words_ = widths.column_words() * kPanelBlocks;
     uint32_t words[2][kMaxBits];
     if (warp < plan_.panels) load(warp, words);
     prefetch_panels(warp + kOneWarps);
-    if (!loaded_) load_x();
-    loaded_ = true;
-    __syncthreads();  // digits are there, sums are zero
+    float* z = nullptr;
+    float scale = 0.0f;
+    if (warp == kOneWarps - 1) {  // the one with the fewest panels
+      z = place_of_z();
+      if (has_component()) scale = load_scale();
+    }
+    const float unit = load_x();
+    __syncthreads();
+    multiply_panels(words);
+    __syncthreads();
+    if (z != nullptr) *z = has_component() ? scale * (levels() * unit) : 0.0f;
+  }
+
+ private:
+  __device__ __forceinline__ void multiply_panels(uint32_t (&words)[2][kMaxBits]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int panel = threadIdx.x / 32;
+    const int8_t* column = planes_ + min(g % 4, kDigits - 1) * plan_.plane_bytes +
+                           panel * kPanelCodes + (g / 4 * kHalfBlocks + t) * kBlockCodes;
     int32_t sum[4] = {};
 #pragma unroll 1
-    for (int panel = warp; panel < plan_.panels;) {
-      multiply(panel, words, sum);
+    while (panel < plan_.panels) {
+      uint32_t x[kBlockFields];
+      load_words(reinterpret_cast<const uint32_t*>(column), x);
+      for_width(run_.bits,
+                [&](auto width) { multiply_run<decltype(width)::value>(words, x, sum); });
+      column += kOneWarps * kPanelCodes;
       panel += kOneWarps;
       if (panel < plan_.panels) load(panel, words);
     }
-    put_warp_sum(sum_x_, shared_.sum_x, false);
-    add_sums(sum);
-    __syncthreads();
-    if (warp == 0) store_z();
+    // Rows g in columns 0 .. 3, rows g + 8 in columns 4 .. 7: both are component g.
+    int32_t* where = &shared_.sums[g][t % 2 * 2];
+    atomicAdd(where, t < 2 ? sum[0] : sum[2]);
+    atomicAdd(where + 1, t < 2 ? sum[1] : sum[3]);
   }
 
   // --- words
@@ -140,24 +153,6 @@ class OneTokenDown {
     }
   }
 
-  __device__ __forceinline__ void multiply(int panel, const uint32_t (&words)[2][kMaxBits],
-                                           int32_t (&sum)[4]) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int8_t* column = planes_ + min(g % 4, kDigits - 1) * plan_.plane_bytes +
-                           panel * kPanelCodes + (g / 4 * kHalfBlocks + t) * kBlockCodes;
-    uint32_t x[kBlockFields];
-    load_words(reinterpret_cast<const uint32_t*>(column), x);
-    for_width(run_.bits, [&](auto width) { multiply_run<decltype(width)::value>(words, x, sum); });
-  }
-
-  // Rows g in columns 0 .. 3, rows g + 8 in columns 4 .. 7: both are component g.
-  __device__ __forceinline__ void add_sums(const int32_t (&sum)[4]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int32_t* where = &shared_.sums[g][t % 2 * 2];
-    atomicAdd(where, t < 2 ? sum[0] : sum[2]);
-    atomicAdd(where + 1, t < 2 ? sum[1] : sum[3]);
-  }
-
   // --- x
 
   __device__ __forceinline__ const T* x() const { return static_cast<const T*>(args_.x); }
@@ -187,52 +182,49 @@ class OneTokenDown {
     }
   }
 
-  // Digits of whole panels, zeros behind the last input.
-  __device__ __forceinline__ void load_x() {
+  // Digits of whole panels, zeros behind the last input; returns their unit.
+  __device__ __forceinline__ float load_x() {
     const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
-    unit_ = unit.unit;
     const int eights = plan_.panels * kPanelCodes / 8;
     Eight<T> eight = first_;
 #pragma unroll 1
     for (int i = threadIdx.x; i < eights;) {
-      sum_x_ += store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
-                             plan_.plane_bytes / 4);
+      store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
+                   plan_.plane_bytes / 4);
       i += kOneThreads;
       eight = {};
       load_eight(eight, i * 8);
     }
+    return unit.unit;
   }
 
-  // --- z, by the first warp
+  // --- z, by one warp: lane 8i + c has component c of the run or, where that is the last of its
+  // width, number c of those behind it in the group, which are zeros
 
-  __device__ __forceinline__ void fetch_scale() {
-    const int lane = threadIdx.x;
-    if (lane < lanes_) {
-      const int component = run_.components + run_.unit * kRunLanes + lane;
-      scale_ = __uint_as_float(args_.arena[row_[kTableScaleOffset] + component]);
-    }
+  __device__ __forceinline__ bool has_component() const {
+    return static_cast<int>(threadIdx.x % 32) < lanes_;
   }
 
-  // Lane 8i + c: component c of the run, or of the i-th behind it in its group; where the width
-  // ends, zeros.
-  __device__ __forceinline__ void store_z() {
+  // Null: the lane has none.
+  __device__ __forceinline__ float* place_of_z() const {
     constexpr int kRuns = kGroupLanes / kRunLanes;
-    const int lane = threadIdx.x, c = lane % kRunLanes;
-    int32_t* sums = shared_.sums[c];
-    const int64_t sum_x = sum_of_warps(shared_.sum_x, kOneWarps);
-    const int64_t levels = 2 * join_digits(sums[0], sums[1], sums[2]) -
-                           static_cast<int64_t>((1 << run_.bits) - 1) * sum_x;
-    float value = scale_ * (static_cast<float>(levels) * unit_);
-    if (lane >= lanes_) value = 0.0f;
-    __syncwarp();  // all sums are read
-    shared_.sums[0][lane] = 0;
+    const int lane = threadIdx.x % 32, run = run_.unit % kRuns + lane / kRunLanes;
     const bool last = (run_.unit + 1) * kRunLanes >= run_.count;
-    const int run = run_.unit % kRuns + lane / kRunLanes;  // of the group
-    if (run >= kRuns || (lane >= kRunLanes && !last)) return;
-    const int i = run * kRunLanes + c;  // of the group's components
-    float* z = static_cast<float*>(args_.scratch) + static_cast<int>(blockIdx.y) * plan_.z_row +
-               (run_.groups + run_.unit / kRuns) * kGroupLanes;
-    z[i % kGroupQuads * kQuadLanes + i / kGroupQuads] = value;
+    if (run >= kRuns || (lane >= kRunLanes && !last)) return nullptr;
+    const int i = run * kRunLanes + lane % kRunLanes;  // of the group's components
+    return static_cast<float*>(args_.scratch) + static_cast<int>(blockIdx.y) * plan_.z_row +
+           (run_.groups + run_.unit / kRuns) * kGroupLanes + i % kGroupQuads * kQuadLanes +
+           i / kGroupQuads;
+  }
+
+  __device__ __forceinline__ float load_scale() const {
+    const int component = run_.components + run_.unit * kRunLanes + threadIdx.x % 32;
+    return __uint_as_float(args_.arena[row_[kTableScaleOffset] + component]);
+  }
+
+  __device__ __forceinline__ float levels() const {
+    const int32_t* sums = shared_.sums[threadIdx.x % kRunLanes];
+    return static_cast<float>(join_digits(sums[0], sums[1], sums[2]));
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -242,13 +234,8 @@ class OneTokenDown {
   int8_t* planes_;  // [digit][plane_bytes]
   const int64_t* row_ = nullptr;
   Eight<T> first_ = {};
-  bool loaded_ = false;
-  float unit_ = 0.0f;
-  int sum_x_ = 0;  // of the thread's numbers, of which there are at most 60
-  // Of the run in hand:
   Place run_;
   int lanes_ = 0, panel_words_ = 0;
-  float scale_ = 0.0f;
 };
 
 template <typename T, bool kVector>
@@ -277,10 +264,8 @@ cudaError_t launch_one_token_down(const DeltaGemmCudaArgs& args, cudaStream_t st
   const int panels = static_cast<int>(panel_count(args.in));
   const DownPlan plan = {panels, static_cast<int>(block_count(args.in)), panels * kPanelCodes + 16,
                          one_token_z_row(args)};
-  // A run a thread block, but no more than are there at the same time.
-  const int runs = static_cast<int>(args.max_rank) / kRunLanes + kMaxBits;
-  const int most = std::max(2 * device.multiprocessors / args.layer_count, 1);
-  const Grid grid = {dim3(std::min(runs, most), args.layer_count), kOneThreads,
+  const int runs = static_cast<int>(args.max_rank) / kRunLanes + kMaxBits;  // at most
+  const Grid grid = {dim3(runs, args.layer_count), kOneThreads,
                      sizeof(DownShared) + kDigits * static_cast<size_t>(plan.plane_bytes)};
   const bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.in % 8 == 0;
   const auto kernel = vector ? kernel_of<true>(args.element) : kernel_of<false>(args.element);

@@ -21,7 +21,7 @@ constexpr int kRowWords = 64;                            // of 16 outputs and co
 constexpr int kBlockWords = kBlockRows * kRowWords + 8;  // 8: blocks begin in different banks
 constexpr int kMaxShift = 3;                             // a tile is in one panel
 constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
-constexpr int kMaxGroups = groups_of(kOneRank) + kMaxBits;
+constexpr int kMaxGroups = (groups_of(kOneRank) + kMaxBits + 3) / 4 * 4;
 
 struct UpPlan {
   int shift;   // a tile has 1 << shift blocks
@@ -34,9 +34,8 @@ struct UpPlan {
 struct alignas(16) UpShared {
   SharedRows rows;
   int32_t sums[kBlockRows << kMaxShift][kTileRows][kSumDigits];
-  uint32_t largest[32];                            // of each warp's values
-  int64_t level_offset[32];                        // sum of (2^b - 1) · z of each warp's numbers
-  uint8_t top_codes[(kMaxGroups + 15) / 16 * 16];  // the largest code of a group's width
+  uint32_t largest[32];            // of each warp's values
+  uint32_t top_codes[kMaxGroups];  // the largest code of a group's width in every byte
 };
 
 // Four components' blocks of 32 outputs, one output a word, four components in its bytes as in a
@@ -105,7 +104,6 @@ class OneTokenUp {
  private:
   __device__ __forceinline__ void run_tile(const Widths& widths) {
     int32_t sum[4] = {};
-    int64_t offset = 0;
     int first_group = 0;
 #pragma unroll 1
     for (int stage = 0; stage < widths.units(); stage += plan_.stages) {
@@ -116,13 +114,12 @@ class OneTokenUp {
       unpack(widths, stage, last, first_group);
       if (stage == 0) {
         set_top_codes(widths);
-        offset = prepare_z(widths.groups());
+        prepare_z(widths.groups());
       }
       __syncthreads();
       multiply(first_group, end_group - first_group, sum);
       first_group = end_group;
     }
-    put_warp_sum(offset, shared_.level_offset, false);
     add_sums(sum);
     __syncthreads();
     add_to_y();
@@ -142,7 +139,7 @@ class OneTokenUp {
 #pragma unroll
       for (int i = 0; i < kMaxBits - 1; ++i) bits -= widths.end_of_width(i) <= group;
       if (group < widths.groups()) {
-        shared_.top_codes[group] = static_cast<uint8_t>((1 << bits) - 1);
+        shared_.top_codes[group] = max_code(bits) * kEveryByte;
       }
     }
   }
@@ -183,8 +180,8 @@ class OneTokenUp {
 
   // --- z
 
-  // z's digits, and the sum of (2^b - 1) · z of the thread's numbers. A barrier must follow.
-  __device__ __forceinline__ int64_t prepare_z(int groups) {
+  // z's digits. A barrier must follow.
+  __device__ __forceinline__ void prepare_z(int groups) {
     wait_for_previous_kernel();
     const auto* z = reinterpret_cast<const float4*>(static_cast<const float*>(args_.scratch) +
                                                     layer_ * plan_.z_row);
@@ -202,24 +199,16 @@ class OneTokenUp {
     __syncthreads();
     const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
     unit_ = unit.unit;
-    int64_t offset = 0;
 #pragma unroll 1
     for (int i = mine; i < quads;) {
       const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
       uint32_t digit[kDigits];
       digits_of_field(values, unit, digit);
-      int sums[kDigits];
 #pragma unroll
-      for (int d = 0; d < kDigits; ++d) {
-        planes_[d * plan_.plane_words + i] = digit[d];
-        sums[d] = sum_bytes(digit[d], 0);
-      }
-      const int top = shared_.top_codes[static_cast<uint32_t>(i) / kGroupQuads];
-      offset += int64_t{join_few_digits(sums[0], sums[1], sums[2])} * top;
+      for (int d = 0; d < kDigits; ++d) planes_[d * plan_.plane_words + i] = digit[d];
       i += kOneThreads;
       if (i < quads) four = z[i];
     }
-    return offset;
   }
 
   __device__ __forceinline__ static uint32_t largest_of(const float4& four) {
@@ -229,27 +218,35 @@ class OneTokenUp {
 
   // --- product
 
-  // A warp's 16 outputs times its pairs of groups.
+  // A warp's 16 outputs times its pairs of groups: levels, which are 2 * code - (2^b - 1).
   __device__ __forceinline__ void multiply(int first_group, int groups, int32_t (&sum)[4]) const {
     const int lane = threadIdx.x % 32, begin = threadIdx.x / 32 / kRows * 2;
     const uint32_t* z = planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
                         (first_group + begin) * kGroupQuads + lane % 4;
     const uint32_t* codes = codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
                             tile_row() % kBlockRows * kRowWords + lane * 2;
+    const uint32_t* tops = shared_.top_codes + first_group + begin;
+    int32_t of_codes[4] = {}, of_tops[4] = {};
 #pragma unroll 2
     for (int left = groups - begin; left > 0; left -= kSplits * 2) {
       const uint2 a = *reinterpret_cast<const uint2*>(codes);
       uint2 b = make_uint2(0, 0);
-      uint32_t next = 0;
+      uint32_t next_top = 0, next = 0;
       if (left > 1) {
         b = *reinterpret_cast<const uint2*>(codes + kGroupWords);
+        next_top = tops[1];
         next = z[kGroupQuads];
       }
-      mma_u8s8(sum, a.x, a.y, b.x, b.y, z[0], next);
+      mma_u8s8(of_codes, a.x, a.y, b.x, b.y, z[0], next);
+      mma_u8s8(of_tops, tops[0], tops[0], next_top, next_top, z[0], next);
       codes += kSplits * 2 * kGroupWords;
+      tops += kSplits * 2;
       z += kSplits * 2 * kGroupQuads;
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += 2 * of_codes[i] - of_tops[i];
   }
+  static_assert(int64_t{2} * 255 * 128 * kOneRank < int64_t{1} << 31);
 
   // Which 16 outputs of the tile are the warp's.
   __device__ __forceinline__ static int tile_row() { return threadIdx.x / 32 % kRows; }
@@ -282,12 +279,9 @@ class OneTokenUp {
 
   __device__ __forceinline__ void add_to_y() {
     const uint32_t i = threadIdx.x;
-    if (i >= kOutputs) return;
-    const int64_t offset = sum_of_warps(shared_.level_offset, kOneWarps);
     if (static_cast<int>(i) >= outputs()) return;
     const int32_t* sums = shared_.sums[i / kTileRows][i % kTileRows / 2 + i % 2 * 8];
-    const int64_t sum = join_digits(sums[0], sums[1], sums[2]);
-    const float delta = static_cast<float>(2 * sum - offset) * unit_;
+    const float delta = static_cast<float>(join_digits(sums[0], sums[1], sums[2])) * unit_;
     y()[i] = narrow<T>(widen(y_) + delta);
   }
 

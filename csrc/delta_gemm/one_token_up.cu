@@ -70,6 +70,7 @@ class OneTokenUp {
   static constexpr int kSplits = kOneWarps / kRows;                // warps that share them
   static constexpr int kStageGroups = (1 << kMaxShift) / kBlocks;  // of a stage
   static constexpr int kGroupWords = kBlockWords * kBlocks;
+  static constexpr int kUnroll = kSplits > 2 ? 1 : 2;  // steps of a warp, which has some or many
 
  public:
   __device__ OneTokenUp(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
@@ -103,7 +104,6 @@ class OneTokenUp {
 
  private:
   __device__ __forceinline__ void run_tile(const Widths& widths) {
-    int32_t sum[4] = {};
     int first_group = 0;
 #pragma unroll 1
     for (int stage = 0; stage < widths.units(); stage += plan_.stages) {
@@ -112,15 +112,15 @@ class OneTokenUp {
           last < widths.units() ? group_of_stage(widths.find(last)) : widths.groups();
       if (stage > 0) __syncthreads();  // the codes before are multiplied
       unpack(widths, stage, last, first_group);
+      const Operands part = operands(first_group);  // before the wait
       if (stage == 0) {
         set_top_codes(widths);
         prepare_z(widths.groups());
       }
       __syncthreads();
-      multiply(first_group, end_group - first_group, sum);
+      multiply(part, end_group - first_group);
       first_group = end_group;
     }
-    add_sums(sum);
     __syncthreads();
     add_to_y();
   }
@@ -218,16 +218,26 @@ class OneTokenUp {
 
   // --- product
 
-  // A warp's 16 outputs times its pairs of groups: levels, which are 2 * code - (2^b - 1).
-  __device__ __forceinline__ void multiply(int first_group, int groups, int32_t (&sum)[4]) const {
+  // Where a warp's part of a chunk begins.
+  struct Operands {
+    const uint32_t *codes, *z, *tops;
+  };
+
+  __device__ __forceinline__ Operands operands(int first_group) const {
     const int lane = threadIdx.x % 32, begin = threadIdx.x / 32 / kRows * 2;
-    const uint32_t* z = planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
-                        (first_group + begin) * kGroupQuads + lane % 4;
-    const uint32_t* codes = codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
-                            tile_row() % kBlockRows * kRowWords + lane * 2;
-    const uint32_t* tops = shared_.top_codes + first_group + begin;
+    return {codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
+                tile_row() % kBlockRows * kRowWords + lane * 2,
+            planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
+                (first_group + begin) * kGroupQuads + lane % 4,
+            shared_.top_codes + first_group + begin};
+  }
+
+  // A warp's 16 outputs times its pairs of groups: levels, which are 2 * code - (2^b - 1).
+  __device__ __forceinline__ void multiply(const Operands& operands, int groups) {
+    auto [codes, z, tops] = operands;
+    const int begin = threadIdx.x / 32 / kRows * 2;
     int32_t of_codes[4] = {}, of_tops[4] = {};
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int left = groups - begin; left > 0; left -= kSplits * 2) {
       const uint2 a = *reinterpret_cast<const uint2*>(codes);
       uint2 b = make_uint2(0, 0);
@@ -243,8 +253,13 @@ class OneTokenUp {
       tops += kSplits * 2;
       z += kSplits * 2 * kGroupQuads;
     }
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (t >= kSumDigits / 2) return;
+    int32_t* where = &shared_.sums[tile_row()][g][t * 2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += 2 * of_codes[i] - of_tops[i];
+    for (int i = 0; i < 4; ++i) {
+      atomicAdd(where + i / 2 * 8 * kSumDigits + i % 2, 2 * of_codes[i] - of_tops[i]);
+    }
   }
   static_assert(int64_t{2} * 255 * 128 * kOneRank < int64_t{1} << 31);
 
@@ -255,16 +270,6 @@ class OneTokenUp {
     if (threadIdx.x < kOutputs) {
       reinterpret_cast<uint4*>(shared_.sums)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     }
-  }
-
-  __device__ __forceinline__ void add_sums(const int32_t (&sum)[4]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    if (t >= kSumDigits / 2) return;
-    int32_t* where = &shared_.sums[tile_row()][g][t * 2];
-    atomicAdd(where, sum[0]);
-    atomicAdd(where + 1, sum[1]);
-    atomicAdd(where + 8 * kSumDigits, sum[2]);
-    atomicAdd(where + 8 * kSumDigits + 1, sum[3]);
   }
 
   // --- y, one output a thread

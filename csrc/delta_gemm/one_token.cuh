@@ -75,7 +75,7 @@ class RowOfToken {
       if (i < capacity * kTableColumns) word_ = rows[i];
     } else if (i < kTableColumns) {  // a way to memory more
       const int slot = args.routes.slots[0];
-      if (slot >= 0 && slot < capacity) word_ = rows[slot * kTableColumns + i];
+      if (slot >= 0 && slot < capacity) word_ = rows[int64_t{slot} * kTableColumns + i];
     }
     if (i == kSlotWord) word_ = static_cast<uint32_t>(args.routes.slots[0]);
   }

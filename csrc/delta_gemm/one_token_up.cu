@@ -144,6 +144,15 @@ class OneTokenUp {
     }
   }
 
+  // The panel, where warps have more than one stage each: so that the next comes from L2.
+  __device__ __forceinline__ static void prefetch_words(const uint32_t* words, int count) {
+    constexpr int kLine = 32;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) * kLine; i < count; i += kOneThreads * kLine) {
+      prefetch(words + i);
+    }
+  }
+
   // A stage: a thread a quad and block, blocks side by side, quads of up to 8 groups behind.
   __device__ __forceinline__ void unpack(const Widths& widths, int first, int last,
                                          int first_group) {
@@ -153,6 +162,9 @@ class OneTokenUp {
     const int block = lane % kBlocks, of_panel = first_block_ - panel * kPanelBlocks + block;
     const uint32_t* start =
         args_.arena + row_[kTableUOffset] + panel * kPanelBlocks * widths.column_words();
+    if (first == 0 && widths.units() > kOneWarps) {
+      prefetch_words(start, blocks * widths.column_words());
+    }
 #pragma unroll 1
     for (int unit = first + static_cast<int>(threadIdx.x / 32); unit < last; unit += kOneWarps) {
       const Place stage = widths.find(unit);

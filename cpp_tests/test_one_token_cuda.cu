@@ -153,6 +153,7 @@ TEST_F(OneToken, LargeSizes) {
   beyond.add({0, 0, 0, 0, 0, 0, 0, 8200}, 7);
   check_slots<BFloat16>({{beyond}, {}}, {0});
   check_slots<Half>({{mixed_bank(3584, 96, 4)}, {}}, {0, 3});
+  for (const int64_t in : {4500, 4504}) check_slots<Half>({{mixed_bank(in, 33)}, {}}, {0, 3});
   check_slots<BFloat16>({{mixed_bank(96, 3584)}, {}}, {0, 3});
   check_slots<BFloat16>({{mixed_bank(18944, 40, 4)}, {}}, {0, 3});
   check_slots<float>({{mixed_bank(30720, 33)}, {}}, {0, 3});

@@ -222,4 +222,33 @@ void check(const Call& call) {
   }
 }
 
+// Every `step`-th token has the same bits alone, and nothing else is written.
+template <typename T>
+void check_company(const Call& together, int64_t step) {
+  const auto tensors = random_tensors<T>(together);
+  const auto all = run_cuda(together, tensors);
+  for (int64_t t = 0; t < together.tokens(); t += step) {
+    Call alone = together;
+    alone.slots = {together.slots[t]};
+    const auto row_of = [t](const std::vector<T>& rows, int64_t lead, int64_t stride) {
+      std::vector<T> row(rows.begin(), rows.begin() + lead);
+      row.insert(row.end(), &rows[lead + t * stride], &rows[lead + t * stride] + stride);
+      return row;
+    };
+    Tensors<T> one = {row_of(tensors.x, together.x_lead, together.x_stride()), {}};
+    std::vector<std::vector<T>> expected;
+    for (size_t layer = 0; layer < together.banks.size(); ++layer) {
+      const int64_t stride = together.y_stride(layer);
+      one.y.push_back(row_of(tensors.y[layer], together.y_lead, stride));
+      expected.push_back(row_of(all[layer], together.y_lead, stride));
+    }
+    const auto got = run_cuda(alone, one);
+    for (size_t layer = 0; layer < together.banks.size(); ++layer) {
+      ASSERT_TRUE(
+          std::equal(got[layer].begin(), got[layer].end(), expected[layer].begin(), same_bits<T>))
+          << "token " << t << " of " << together.tokens() << ", layer " << layer;
+    }
+  }
+}
+
 }  // namespace adamix::testing

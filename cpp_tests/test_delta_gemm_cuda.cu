@@ -12,6 +12,7 @@ using testing::Bank;
 using testing::bound_of;
 using testing::Call;
 using testing::check;
+using testing::check_company;
 using testing::Counts;
 using testing::Gain;
 using testing::gain_of;
@@ -22,7 +23,6 @@ using testing::random_tensors;
 using testing::run_cuda;
 using testing::same_bits;
 using testing::Segments;
-using testing::Tensors;
 
 void check_all_types(const Call& call) {
   SCOPED_TRACE(std::to_string(call.in()) + " inputs, " + std::to_string(call.banks[0].out) +
@@ -246,24 +246,7 @@ TEST_F(DeltaGemmCuda, ZerosAndNumbersOfAnySize) {
 // Up to 128 tokens, sums are exact: the same token has the same bits alone and in any company.
 TEST_F(DeltaGemmCuda, ATokenDoesNotFeelItsCompany) {
   for (const int64_t tokens : {11, 128}) {
-    const Call together = {three_layers(), mixed_slots(tokens)};
-    const auto tensors = random_tensors<BFloat16>(together);
-    const auto all = run_cuda(together, tensors);
-    for (int64_t t = 0; t < tokens; t += tokens / 9) {
-      Call alone = {three_layers(), {together.slots[t]}};
-      Tensors<BFloat16> one;
-      one.x.assign(&tensors.x[t * 300], &tensors.x[t * 300] + 300);
-      for (size_t layer = 0; layer < 3; ++layer) {
-        const auto* y = &tensors.y[layer][t * together.y_stride(layer)];
-        one.y.emplace_back(y, y + together.y_stride(layer));
-      }
-      const auto got = run_cuda(alone, one);
-      for (size_t layer = 0; layer < 3; ++layer) {
-        ASSERT_TRUE(std::equal(got[layer].begin(), got[layer].end(),
-                               &all[layer][t * together.y_stride(layer)], same_bits<BFloat16>))
-            << "token " << t << " of " << tokens << ", layer " << layer;
-      }
-    }
+    check_company<BFloat16>({three_layers(), mixed_slots(tokens)}, tokens / 9);
   }
 }
 

@@ -47,7 +47,8 @@ struct KernelFacts {
 };
 
 // Lets a kernel have all the shared memory there is: a limit that a launch on another thread cannot
-// lower again.
+// lower again. And all kernels the same division of a multiprocessor's memory, the one with most of
+// it shared: those that overlap could not be on one multiprocessor else.
 inline cudaError_t prepare_kernel(const void* kernel, const Device& device, KernelFacts& facts) {
   static std::mutex mutex;
   static std::vector<KernelFacts> known;
@@ -61,6 +62,9 @@ inline cudaError_t prepare_kernel(const void* kernel, const Device& device, Kern
   const int fixed = static_cast<int>(attributes.sharedSizeBytes);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 device.shared_bytes - fixed);
+  if (status != cudaSuccess) return told(status);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return told(status);
   known.push_back(facts = {kernel, device.id, attributes.ptxVersion >= 90});
   return cudaSuccess;

@@ -247,26 +247,6 @@ class Down {
     }
   }
 
-  // Returns the sum of the numbers.
-  __device__ __forceinline__ static int64_t store_digits(const Eight<T>& eight, const Unit& unit,
-                                                         uint32_t* planes, int plane_words) {
-    uint32_t digit[2][kDigits];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float values[kFieldCodes];
-#pragma unroll
-      for (int k = 0; k < kFieldCodes; ++k) values[k] = eight.value(j * kFieldCodes + k);
-      digits_of_field(values, unit, digit[j]);
-    }
-    int sums[kDigits];
-#pragma unroll
-    for (int d = 0; d < kDigits; ++d) {
-      sums[d] = sum_bytes(digit[0][d], sum_bytes(digit[1][d], 0));
-      *reinterpret_cast<uint2*>(planes + d * plane_words) = make_uint2(digit[0][d], digit[1][d]);
-    }
-    return join_digits(sums[0], sums[1], sums[2]);
-  }
-
   __device__ const T* x_row(int token) const {
     return static_cast<const T*>(args_.x) + tokens_.of(token) * args_.x_row_stride;
   }

@@ -77,6 +77,28 @@ __device__ __forceinline__ int64_t join_digits(int high, int middle, int low) {
   return (int64_t{high} << 16) + (int64_t{middle} << 8) + low;
 }
 
+// The digits of eight adjacent elements to three planes, in the byte order of fields, each plane
+// aligned to 8 bytes there. Returns the sum of the numbers.
+template <typename T>
+__device__ __forceinline__ int64_t store_digits(const Eight<T>& eight, const Unit& unit,
+                                                uint32_t* planes, int plane_words) {
+  uint32_t digit[2][kDigits];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    float values[kFieldCodes];
+#pragma unroll
+    for (int k = 0; k < kFieldCodes; ++k) values[k] = eight.value(j * kFieldCodes + k);
+    digits_of_field(values, unit, digit[j]);
+  }
+  int sums[kDigits];
+#pragma unroll
+  for (int d = 0; d < kDigits; ++d) {
+    sums[d] = sum_bytes(digit[0][d], sum_bytes(digit[1][d], 0));
+    *reinterpret_cast<uint2*>(planes + d * plane_words) = make_uint2(digit[0][d], digit[1][d]);
+  }
+  return join_digits(sums[0], sums[1], sums[2]);
+}
+
 // --- over the thread block; each of these in two steps, a warp's part and what all parts give, so
 // that a barrier which is there anyway is enough between them
 
@@ -85,9 +107,10 @@ __device__ __forceinline__ void put_warp_max(uint32_t value, uint32_t* warps) {
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
 }
 
-__device__ __forceinline__ uint32_t max_of_warps(const uint32_t* warps) {
+__device__ __forceinline__ uint32_t max_of_warps(const uint32_t* warps,
+                                                 uint32_t count = blockDim.x / 32) {
   const uint32_t lane = threadIdx.x % 32;
-  return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? warps[lane] : 0u);
+  return __reduce_max_sync(0xffffffffu, lane < count ? warps[lane] : 0u);
 }
 
 // |value| < 2^42, so that the sum of 32 upper parts fits 32 bits.

@@ -1,0 +1,190 @@
+// delta_gemm of one token on the GPU: as the CPU has it, and with the bits of the same token in a
+// call of several; see delta_gemm_call.h.
+#include <gtest/gtest.h>
+
+#include "delta_gemm_call.h"
+
+namespace adamix {
+namespace {
+
+using testing::Bank;
+using testing::Call;
+using testing::check;
+using testing::check_company;
+using testing::Counts;
+using testing::has_device;
+using testing::mixed_bank;
+using testing::Segments;
+
+class OneToken : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_device()) GTEST_SKIP() << "no CUDA device";
+  }
+};
+
+// Each of these slots alone, against the CPU and against the same token among the others. Two
+// tokens of a slot go together there, one is left over, some have none.
+template <typename T>
+void check_slots(Call call, const std::vector<int32_t>& slots) {
+  for (const int32_t slot : slots) {
+    call.slots = {slot};
+    check<T>(call);
+  }
+  call.slots = slots;
+  call.slots.insert(call.slots.end(), slots.begin(), slots.end());
+  call.slots.push_back(slots[0]);
+  check_company<T>(call, 1);
+}
+
+void check_all_types(const Call& call, const std::vector<int32_t>& slots) {
+  SCOPED_TRACE(std::to_string(call.in()) + " inputs, " + std::to_string(call.banks[0].out) +
+               " outputs");
+  check_slots<float>(call, slots);
+  check_slots<Half>(call, slots);
+  check_slots<BFloat16>(call, slots);
+}
+
+class OneTokenSizes : public OneToken,
+                      public ::testing::WithParamInterface<std::pair<int64_t, int64_t>> {};
+
+TEST_P(OneTokenSizes, AnyAlignment) {
+  const auto [in, out] = GetParam();
+  for (const int64_t alignment : {1, 4}) {
+    check_all_types({{mixed_bank(in, out, alignment)}, {}}, {0, 1, 2, 3, -1, 4});
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Edges, OneTokenSizes,
+                         ::testing::Values(std::pair<int64_t, int64_t>{1, 1}, std::pair{33, 100},
+                                           std::pair{100, 257}, std::pair{257, 33},
+                                           std::pair{256, 256}, std::pair{520, 1030},
+                                           std::pair{8, 31}));
+
+class OneTokenWidths : public OneToken, public ::testing::WithParamInterface<int> {};
+
+// Part of a run, of a group and of a stage, and more than one of each.
+TEST_P(OneTokenWidths, Alone) {
+  for (const int64_t alignment : {1, 4}) {
+    Bank bank{300, 340, alignment};
+    for (const int64_t rank : {1, 8, 13, 37, 150}) {
+      Counts counts(kMaxBits, 0);
+      counts[kMaxBits - GetParam()] = rank;
+      bank.add(counts, static_cast<uint32_t>(rank));
+    }
+    check_all_types({{bank}, {}}, {0, 1, 2, 3, 4});
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Bits, OneTokenWidths, ::testing::Range(1, kMaxBits + 1));
+
+TEST_F(OneToken, LayersOfAnySize) {
+  const std::vector<Bank> banks = {mixed_bank(300, 520, 4), mixed_bank(300, 64), mixed_bank(300, 1),
+                                   mixed_bank(300, 100, 4)};
+  for (size_t layers = 1; layers <= banks.size(); ++layers) {
+    check_all_types({{banks.begin(), banks.begin() + layers}, {}}, {3, 0, 2});
+  }
+  Call most;
+  for (int i = 0; i < kMaxLayers; ++i) most.banks.push_back(mixed_bank(40, 30 + 7 * i));
+  check_all_types(most, {0, 3});
+}
+
+TEST_F(OneToken, RowsAnywhere) {
+  for (const auto& [x_gap, y_gap, x_lead, y_lead] :
+       {std::array<int64_t, 4>{0, 0, 1, 1}, {3, 3, 0, 0}, {8, 2, 0, 1}, {1, 0, 8, 3}}) {
+    Call call = {{mixed_bank(200, 70, 4)}, {}};
+    call.x_gap = x_gap, call.y_gap = y_gap, call.x_lead = x_lead, call.y_lead = y_lead;
+    check_all_types(call, {0, 3});
+  }
+}
+
+// One way in which the kernels read tables, and the other.
+TEST_F(OneToken, AnyCapacity) {
+  for (const int slots : {1, 46, 47, 60}) {
+    Bank bank{40, 50};
+    for (int i = 0; i < slots; ++i) {
+      Counts counts(kMaxBits, 0);
+      counts[i % kMaxBits] = 1 + i % 5;
+      bank.add(counts, static_cast<uint32_t>(i));
+    }
+    check_slots<Half>({{bank}, {}}, {0, slots / 2, slots - 1, -1, slots, slots + 1});
+  }
+}
+
+TEST_F(OneToken, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
+  Bank large = mixed_bank(100, 90);
+  large.add({0, 0, 0, 0, 0, 0, 0, 9000}, 9);
+  for (const int64_t max_rank : {0, 1, 17, 18, 33, 500, 9000}) {
+    Call call = {{large, mixed_bank(100, 40), mixed_bank(100, 40)}, {}};
+    call.banks[1].add({0, 0, 0, 0, 0, 0, 0, 1}, 5), call.banks[2].add({0, 1, 0, 0, 0, 0, 0, 0}, 5);
+    call.max_rank = max_rank;
+    check_slots<BFloat16>(call, {0, 3, 4});
+  }
+}
+
+TEST_F(OneToken, InASegment) {
+  const Segments somewhere[] = {
+      {{0}, {1}, {0}, {3}},
+      {{5, -1, 0}, {0, 2, 3}, {0, 0, 0}, {0, 2, 3}},
+      {{0}, {1, 1, 1, 4}, {1, -1, 0, 0}, {0, 2, 99, 3}},
+  };
+  for (const Segments& segments : somewhere) {
+    Call call = {{mixed_bank(70, 90), mixed_bank(70, 33)}, {3}};
+    call.segments = segments;
+    if (segments.indices.size() == 3) call.segments->slots[1] = -1;
+    check<float>(call);
+    check<BFloat16>(call);
+  }
+  Call none = {{mixed_bank(70, 90)}, {-1}};
+  none.segments = Segments{{0}, {0, 1}, {0, 0}, {3, -1}};
+  check<Half>(none);
+}
+
+// More runs than thread blocks, more panels than warps, more codes than shared memory has room for.
+TEST_F(OneToken, LargeSizes) {
+  Bank tall{300, 700, 4};
+  tall.add({20, 30, 40, 50, 60, 70, 80, 90}, 7);
+  tall.add({1, 2, 3, 4, 5, 20, 70, 33}, 14);
+  check_slots<float>({{tall}, {}}, {0, 1});
+  Bank wide{40, 1300, 4};
+  wide.add({0, 300, 0, 0, 0, 7, 40, 4200}, 7);
+  check_slots<BFloat16>({{wide}, {}}, {0});
+  Bank beyond{24, 40, 4};
+  beyond.add({0, 0, 0, 0, 0, 0, 0, 8200}, 7);
+  check_slots<BFloat16>({{beyond}, {}}, {0});
+  check_slots<Half>({{mixed_bank(3584, 96, 4)}, {}}, {0, 3});
+  for (const int64_t in : {4500, 4504}) check_slots<Half>({{mixed_bank(in, 33)}, {}}, {0, 3});
+  check_slots<BFloat16>({{mixed_bank(96, 3584)}, {}}, {0, 3});
+  check_slots<BFloat16>({{mixed_bank(18944, 40, 4)}, {}}, {0, 3});
+  check_slots<float>({{mixed_bank(30720, 33)}, {}}, {0, 3});
+  check_slots<Half>({{mixed_bank(30728, 33)}, {}}, {0});
+}
+
+#if defined(ADAMIX_EMULATED)
+
+class OneTokenDevices : public OneToken {
+ protected:
+  ~OneTokenDevices() override { emulator::device = emulator::Device{}; }
+};
+
+TEST_F(OneTokenDevices, AnyDevice) {
+  Bank tall{300, 700, 4};
+  tall.add({20, 30, 40, 50, 60, 70, 80, 90}, 7);
+  for (const int multiprocessors : {1, 3, 7, 12, 200}) {
+    for (const int kilobytes : {99, 163}) {
+      emulator::device.multiprocessors = multiprocessors;
+      emulator::device.shared_bytes = kilobytes * 1024;
+      SCOPED_TRACE(std::to_string(multiprocessors) + " multiprocessors of " +
+                   std::to_string(kilobytes) + " KiB");
+      check_slots<float>({{tall, mixed_bank(300, 64)}, {}}, {0});
+      check_slots<BFloat16>({{mixed_bank(6700, 300, 4)}, {}}, {3, 0});
+      check_slots<BFloat16>({{mixed_bank(40, 1500, 4)}, {}}, {3, 0});
+      check_slots<Half>({{mixed_bank(30720, 40, 4)}, {}}, {0});
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace adamix

@@ -1,0 +1,376 @@
+#include "common/cuda_launch.cuh"
+#include "delta_gemm/elements.cuh"
+#include "delta_gemm/few_tokens_up_product.cuh"
+#include "delta_gemm/one_token.cuh"
+
+// y += U z for one token; see one_token.cuh. A tile: 1, 2, 4 or 8 adjacent blocks of U's lanes, so
+// 32 to 256 outputs, all components. U's codes become an operand of the byte product while `down`
+// still runs: a thread turns its four components' words, so that a word holds one output of all
+// four, takes the codes out and puts them to shared memory,
+//
+//   group of 16 components | block | 16 outputs | thread 4g + t of the product: 2 words
+//
+// the words of quad t for rows g and g + 8: outputs 2g and 2g + 1 of the 16. Then come z's digits,
+// in columns 0 1 2, and each warp has 16 outputs and every so many-th pair of groups.
+namespace adamix {
+namespace {
+
+constexpr int kTileRows = 16;                            // outputs of a byte product
+constexpr int kBlockRows = kBlockCodes / kTileRows;      // of those in a block
+constexpr int kRowWords = 64;                            // of 16 outputs and components
+constexpr int kBlockWords = kBlockRows * kRowWords + 8;  // 8: blocks begin in different banks
+constexpr int kMaxShift = 3;                             // a tile is in one panel
+constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
+constexpr int kMaxGroups = (groups_of(kOneRank) + kMaxBits + 3) / 4 * 4;
+
+struct UpPlan {
+  int shift;   // a tile has 1 << shift blocks
+  int stages;  // of a chunk: what is in shared memory at a time
+  int z_row;
+  int plane_words;  // of a digit of z: planes begin in different banks
+  int first_tile[kMaxLayers];
+};
+
+struct alignas(16) UpShared {
+  SharedRows rows;
+  int32_t sums[kBlockRows << kMaxShift][kTileRows][kSumDigits];
+  uint32_t largest[32];            // of each warp's values
+  uint32_t top_codes[kMaxGroups];  // the largest code of a group's width in every byte
+};
+
+// Four components' blocks of 32 outputs, one output a word, four components in its bytes as in a
+// field.
+template <int kBits>
+__device__ __forceinline__ void unpack_quad(const uint32_t (&words)[kQuadLanes][kMaxBits],
+                                            uint32_t* target) {
+  uint32_t byte[kFieldCodes][kBits];  // of all outputs that are in it
+#pragma unroll
+  for (int j = 0; j < kBits; ++j) {
+    const uint32_t four[4] = {words[0][j], words[2][j], words[1][j], words[3][j]};
+    uint32_t turned[4];
+    transpose(four, turned);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) byte[i][j] = turned[i];
+  }
+#pragma unroll
+  for (int pair = 0; pair < kBlockCodes / 2; ++pair) {
+    const int field = pair / 2, first = pair % 2;  // code 2 * first is in byte first, the next
+                                                   // in the byte after the next
+    const int row = pair / (kTileRows / 2), g = pair % (kTileRows / 2);
+    *reinterpret_cast<uint2*>(target + row * kRowWords + g * 8) = make_uint2(
+        read_field<kBits>(byte[first], field), read_field<kBits>(byte[first + 2], field));
+  }
+}
+
+template <typename T, int kShift>
+class OneTokenUp {
+  // Of a tile, and what else follows from it.
+  static constexpr int kBlocks = 1 << kShift, kOutputs = kBlockCodes * kBlocks;
+  static constexpr int kRows = kBlockRows * kBlocks;               // of 16 outputs
+  static constexpr int kSplits = kOneWarps / kRows;                // warps that share them
+  static constexpr int kStageGroups = (1 << kMaxShift) / kBlocks;  // of a stage
+  static constexpr int kGroupWords = kBlockWords * kBlocks;
+  static constexpr int kUnroll = kSplits > 2 ? 1 : 2;  // steps of a warp, which has some or many
+
+ public:
+  __device__ OneTokenUp(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
+      : args_(args), plan_(plan), shared_(shared) {
+    planes_ = reinterpret_cast<uint32_t*>(&shared + 1);
+    codes_ = planes_ + kDigits * plan.plane_words;
+    layer_ = 0;
+    const int block = static_cast<int>(blockIdx.x);
+    while (layer_ + 1 < args.layer_count && block >= plan.first_tile[layer_ + 1]) ++layer_;
+    out_ = static_cast<int>(args.layers[layer_].out);
+    blocks_ = static_cast<int>((static_cast<uint32_t>(out_) + kBlockCodes - 1) / kBlockCodes);
+    first_block_ = (block - plan.first_tile[layer_]) * kBlocks;
+  }
+
+  __device__ void run() {
+    RowOfToken row_of_token;
+    row_of_token.fetch(args_, layer_);
+    zero_sums();
+    row_of_token.store(shared_.rows);
+    __syncthreads();
+    const int row = RowOfToken::find(args_, shared_.rows);
+    if (row < 0) return wait_for_previous_kernel();
+    row_ = shared_.rows.words + row;
+    const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
+      return (groups_of(count) + kStageGroups - 1) / kStageGroups;
+    });
+    // Not without waiting: else the kernel after could overtake `down`.
+    if (widths.empty()) return wait_for_previous_kernel();
+    run_tile(widths);
+  }
+
+ private:
+  __device__ __forceinline__ void run_tile(const Widths& widths) {
+    int first_group = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < widths.units(); stage += plan_.stages) {
+      const int last = min(widths.units(), stage + plan_.stages);
+      const int end_group =
+          last < widths.units() ? group_of_stage(widths.find(last)) : widths.groups();
+      if (stage > 0) __syncthreads();  // the codes before are multiplied
+      unpack(widths, stage, last, first_group);
+      const Operands part = operands(first_group);  // before the wait
+      if (stage == 0) {
+        set_top_codes(widths);
+        prepare_z(widths.groups());
+      }
+      __syncthreads();
+      multiply(part, end_group - first_group);
+      first_group = end_group;
+    }
+    __syncthreads();
+    add_to_y();
+  }
+
+  // --- codes
+
+  __device__ __forceinline__ int group_of_stage(const Place& stage) const {
+    return stage.groups + stage.unit * kStageGroups;
+  }
+
+  __device__ __forceinline__ void set_top_codes(const Widths& widths) {
+#pragma unroll 1
+    for (int first = 0; first < widths.groups(); first += kOneThreads) {
+      const int group = first + static_cast<int>(threadIdx.x);
+      int bits = kMaxBits;
+#pragma unroll
+      for (int i = 0; i < kMaxBits - 1; ++i) bits -= widths.end_of_width(i) <= group;
+      if (group < widths.groups()) {
+        shared_.top_codes[group] = max_code(bits) * kEveryByte;
+      }
+    }
+  }
+
+  // The panel, where warps have more than one stage each: so that the next comes from L2.
+  __device__ __forceinline__ static void prefetch_words(const uint32_t* words, int count) {
+    constexpr int kLine = 32;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) * kLine; i < count; i += kOneThreads * kLine) {
+      prefetch(words + i);
+    }
+  }
+
+  // A stage: a thread a quad and block, blocks side by side, quads of up to 8 groups behind.
+  __device__ __forceinline__ void unpack(const Widths& widths, int first, int last,
+                                         int first_group) {
+    const int lane = threadIdx.x % 32, quad = lane / kBlocks, j = quad % kGroupQuads;
+    const int panel = static_cast<uint32_t>(first_block_) / kPanelBlocks;
+    const int blocks = min(blocks_ - panel * kPanelBlocks, kPanelBlocks);
+    const int block = lane % kBlocks, of_panel = first_block_ - panel * kPanelBlocks + block;
+    const uint32_t* start =
+        args_.arena + row_[kTableUOffset] + panel * kPanelBlocks * widths.column_words();
+    if (first == 0 && widths.units() > kOneWarps) {
+      prefetch_words(start, blocks * widths.column_words());
+    }
+#pragma unroll 1
+    for (int unit = first + static_cast<int>(threadIdx.x / 32); unit < last; unit += kOneWarps) {
+      const Place stage = widths.find(unit);
+      const int group = stage.unit * kStageGroups + quad / kGroupQuads;  // of the width
+      const int component = group * kGroupLanes + j;
+      const int left = stage.count - component;
+      const uint32_t* width = start + blocks * stage.words;
+      if (left + j <= 0) continue;  // behind the width's last group
+      int at[kQuadLanes];  // the width's first block in place of what is not there: times zeros
+#pragma unroll
+      for (int i = 0; i < kQuadLanes; ++i) {
+        const bool there = i * kGroupQuads < left && of_panel < blocks;
+        at[i] = there ? blocks * (component + i * kGroupQuads) + of_panel : 0;
+      }
+      uint32_t* target =
+          codes_ + ((stage.groups + group - first_group) * kBlocks + block) * kBlockWords + j * 2;
+      for_width(stage.bits, [&](auto bits) {
+        constexpr int kBits = decltype(bits)::value;
+        uint32_t words[kQuadLanes][kMaxBits];
+        load_blocks<kBits>(width, at, words);
+        unpack_quad<kBits>(words, target);
+      });
+    }
+  }
+
+  // --- z
+
+  // z's digits. A barrier must follow.
+  __device__ __forceinline__ void prepare_z(int groups) {
+    wait_for_previous_kernel();
+    const auto* z = reinterpret_cast<const float4*>(static_cast<const float*>(args_.scratch) +
+                                                    layer_ * plan_.z_row);
+    const int quads = groups * kGroupQuads;
+    const int mine = threadIdx.x;
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (mine < quads) four = z[mine];
+    if (mine < outputs()) y_ = y()[mine];
+    uint32_t largest = 0;
+#pragma unroll 1
+    for (int i = mine + kOneThreads; i < quads; i += kOneThreads) {
+      largest = max(largest, largest_of(z[i]));
+    }
+    put_warp_max(max(largest, largest_of(four)), shared_.largest);
+    __syncthreads();
+    const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
+    unit_ = unit.unit;
+#pragma unroll 1
+    for (int i = mine; i < quads;) {
+      const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
+      uint32_t digit[kDigits];
+      digits_of_field(values, unit, digit);
+#pragma unroll
+      for (int d = 0; d < kDigits; ++d) planes_[d * plan_.plane_words + i] = digit[d];
+      i += kOneThreads;
+      if (i < quads) four = z[i];
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t largest_of(const float4& four) {
+    return max(max(magnitude_bits(four.x), magnitude_bits(four.y)),
+               max(magnitude_bits(four.z), magnitude_bits(four.w)));
+  }
+
+  // --- product
+
+  // Where a warp's part of a chunk begins.
+  struct Operands {
+    const uint32_t *codes, *z, *tops;
+  };
+
+  __device__ __forceinline__ Operands operands(int first_group) const {
+    const int lane = threadIdx.x % 32, begin = threadIdx.x / 32 / kRows * 2;
+    return {codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
+                tile_row() % kBlockRows * kRowWords + lane * 2,
+            planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
+                (first_group + begin) * kGroupQuads + lane % 4,
+            shared_.top_codes + first_group + begin};
+  }
+
+  // A warp's 16 outputs times its pairs of groups: levels, which are 2 * code - (2^b - 1).
+  __device__ __forceinline__ void multiply(const Operands& operands, int groups) {
+    auto [codes, z, tops] = operands;
+    const int begin = threadIdx.x / 32 / kRows * 2;
+    int32_t of_codes[4] = {}, of_tops[4] = {};
+#pragma unroll kUnroll
+    for (int left = groups - begin; left > 0; left -= kSplits * 2) {
+      const uint2 a = *reinterpret_cast<const uint2*>(codes);
+      uint2 b = make_uint2(0, 0);
+      uint32_t next_top = 0, next = 0;
+      if (left > 1) {
+        b = *reinterpret_cast<const uint2*>(codes + kGroupWords);
+        next_top = tops[1];
+        next = z[kGroupQuads];
+      }
+      mma_u8s8(of_codes, a.x, a.y, b.x, b.y, z[0], next);
+      mma_u8s8(of_tops, tops[0], tops[0], next_top, next_top, z[0], next);
+      codes += kSplits * 2 * kGroupWords;
+      tops += kSplits * 2;
+      z += kSplits * 2 * kGroupQuads;
+    }
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (t >= kSumDigits / 2) return;
+    int32_t* where = &shared_.sums[tile_row()][g][t * 2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      atomicAdd(where + i / 2 * 8 * kSumDigits + i % 2, 2 * of_codes[i] - of_tops[i]);
+    }
+  }
+  static_assert(int64_t{2} * 255 * 128 * kOneRank < int64_t{1} << 31);
+
+  // Which 16 outputs of the tile are the warp's.
+  __device__ __forceinline__ static int tile_row() { return threadIdx.x / 32 % kRows; }
+
+  __device__ __forceinline__ void zero_sums() {
+    if (threadIdx.x < kOutputs) {
+      reinterpret_cast<uint4*>(shared_.sums)[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  // --- y, one output a thread
+
+  __device__ __forceinline__ T* y() const {
+    return static_cast<T*>(args_.layers[layer_].y) + first_block_ * kBlockCodes;
+  }
+
+  __device__ __forceinline__ int outputs() const {
+    return min(out_ - first_block_ * kBlockCodes, kOutputs);
+  }
+
+  __device__ __forceinline__ void add_to_y() {
+    const uint32_t i = threadIdx.x;
+    if (static_cast<int>(i) >= outputs()) return;
+    const int32_t* sums = shared_.sums[i / kTileRows][i % kTileRows / 2 + i % 2 * 8];
+    const float delta = static_cast<float>(join_digits(sums[0], sums[1], sums[2])) * unit_;
+    y()[i] = narrow<T>(widen(y_) + delta);
+  }
+
+  const DeltaGemmCudaArgs& args_;
+  const UpPlan& plan_;
+  UpShared& shared_;
+  uint32_t* planes_;  // [digit][plane_words]
+  uint32_t* codes_;   // as drawn above
+  int layer_, out_, blocks_, first_block_;
+  const int64_t* row_ = nullptr;
+  float unit_ = 0.0f;
+  T y_;  // before
+};
+
+template <typename T, int kShift>
+__global__ void __launch_bounds__(kOneThreads, 2)
+    one_token_up_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
+                        const __grid_constant__ UpPlan plan) {
+  auto& shared = *static_cast<UpShared*>(dynamic_shared());
+  let_next_kernel_start();
+  OneTokenUp<T, kShift>(args, plan, shared).run();
+}
+
+template <int kShift>
+auto kernel_of(Element element) {
+  return element == Element::kFloat  ? one_token_up_kernel<float, kShift>
+         : element == Element::kHalf ? one_token_up_kernel<__half, kShift>
+                                     : one_token_up_kernel<__nv_bfloat16, kShift>;
+}
+
+auto kernel_of(Element element, int shift) {
+  static_assert(kMaxShift == 3);
+  return shift == 0   ? kernel_of<0>(element)
+         : shift == 1 ? kernel_of<1>(element)
+         : shift == 2 ? kernel_of<2>(element)
+                      : kernel_of<3>(element);
+}
+
+// Tiles of 1 << shift blocks, those of all layers one after the other.
+int count_tiles(const DeltaGemmCudaArgs& args, int shift, int* first) {
+  int tiles = 0;
+  for (int i = 0; i < args.layer_count; ++i) {
+    first[i] = tiles;
+    const int64_t each = int64_t{kBlockCodes} << shift;
+    tiles += static_cast<int>((args.layers[i].out + each - 1) / each);
+  }
+  return tiles;
+}
+
+}  // namespace
+
+cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = current_device(device);
+  if (status != cudaSuccess) return status;
+  // As small as two thread blocks a multiprocessor allow.
+  UpPlan plan = {};
+  int tiles = count_tiles(args, plan.shift, plan.first_tile);
+  while (tiles > 2 * device.multiprocessors && plan.shift < kMaxShift) {
+    tiles = count_tiles(args, ++plan.shift, plan.first_tile);
+  }
+  plan.z_row = one_token_z_row(args);
+  const int groups = plan.z_row / kGroupLanes;
+  plan.plane_words = (groups * kGroupQuads + 31) / 32 * 32 + 8;
+  const int fixed = static_cast<int>(sizeof(UpShared)) + kDigits * plan.plane_words * 4;
+  const int group_bytes = kBlockWords * 4 << plan.shift;
+  const int of_stage = 1 << (kMaxShift - plan.shift);
+  const int room = (device.shared_bytes / 2 - fixed) / (group_bytes * of_stage);
+  plan.stages = room * of_stage >= groups ? groups + kMaxBits : room;
+  const int bytes = fixed + std::min(room * of_stage, groups) * group_bytes;
+  const Grid grid = {dim3(static_cast<unsigned>(tiles)), kOneThreads, static_cast<size_t>(bytes)};
+  return launch_overlapped(kernel_of(args.element, plan.shift), grid, device, stream, args, plan);
+}
+
+}  // namespace adamix

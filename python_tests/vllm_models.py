@@ -1,4 +1,4 @@
-"""A tiny base and delta folders of it for engine tests: random, in fp32, linear layers alone."""
+"""A tiny base and delta folders of it for engine tests: random numbers, in fp32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from routed_models import no_manifest, random_packed
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adamix.artifacts import ModelDelta
@@ -18,14 +17,14 @@ from adamix.storage.file import write_delta
 VOCABULARY = 96
 
 
-def write_base(folder: Path) -> PreTrainedModel:
+def write_base(folder: Path, *, seed: int = 0, tied: bool = False) -> PreTrainedModel:
     """A Llama with heads of 32, which vLLM computes on the CPU; grouped queries."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied)
     model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.1 * values if "norm" in name else 0.08 * values
@@ -35,15 +34,13 @@ def write_base(folder: Path) -> PreTrainedModel:
 
 def write_finetune(base: PreTrainedModel, base_folder: Path, folder: Path, seed: int, *,
                    norms: bool = False) -> None:
-    """A delta of every linear layer but the head; with `norms` of norms and the head too."""
+    """A delta of every matrix, with `norms` of every norm too."""
     generator = torch.Generator().manual_seed(seed)
     matrices, whole, equal = {}, {}, []
-    linear = {f"{name}.weight" for name, module in base.named_modules()
-              if isinstance(module, nn.Linear)}
     for name, parameter in base.named_parameters():
-        if name in linear and (norms or name != "lm_head.weight"):
+        if parameter.dim() == 2:
             matrices[name] = random_packed(tuple(parameter.shape), generator)
-        elif norms and parameter.dim() == 1:
+        elif norms:
             whole[name] = parameter.data + 0.05 * torch.randn(parameter.shape, generator=generator)
         else:
             equal.append(name)
@@ -52,7 +49,8 @@ def write_finetune(base: PreTrainedModel, base_folder: Path, folder: Path, seed:
         fingerprint=fingerprint_of(Checkpoint(base_folder), full=True),
         compressed={kind: (*matrices[names[0]].shape, write_indices(kind, names)) for kind, names
                     in group_by_kind({n: m.shape for n, m in matrices.items()}).items()},
-        whole=_kinds(whole), equal=_kinds(dict.fromkeys(equal)))
+        whole=_kinds(whole), equal=_kinds(dict.fromkeys(equal)),
+        tied=["lm_head.weight"] if base.config.tie_word_embeddings else [])
     folder.mkdir()
     write_delta(ModelDelta(matrices, whole, {}, manifest), folder)
     base.config.save_pretrained(folder)

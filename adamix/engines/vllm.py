@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 
 from adamix.engines.options import wants_adamix
-from adamix.engines.vllm_layers import CLASSES
+from adamix.engines.vllm_layers import EMBEDDING, LINEAR, LOGITS
 from adamix.errors import AdamixError
 
 MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
@@ -37,10 +37,13 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
         "LRUCacheLoRAModelManager._create_merged_loras_inplace": ("self", "lora_model"),
     },
     "vllm.lora.layers": {
-        f"{name}.{method}": parameters for name in CLASSES for method, parameters in (
-            ("create_lora_weights", ("self", "max_loras", "lora_config", "model_config")),
-            ("_apply_lora_to_output", ("self", "x", "output")),
-            ("slice_lora_a", ("self", "lora_a")), ("slice_lora_b", ("self", "lora_b")))
+        **{f"{name}.create_lora_weights": ("self", "max_loras", "lora_config", "model_config")
+           for name in (*LINEAR, EMBEDDING, LOGITS)},
+        **{f"{name}.{method}": ("self", *parameters) for name in LINEAR for method, parameters in (
+            ("_apply_lora_to_output", ("x", "output")), ("slice_lora_a", ("lora_a",)),
+            ("slice_lora_b", ("lora_b",)))},
+        f"{EMBEDDING}.forward": ("self", "x"),
+        f"{LOGITS}._get_logits": ("self", "hidden_states", "lm_head", "embedding_bias"),
     },
     "vllm.lora.lora_model": {"LoRAModel.__init__": ("self", "lora_model_id", "rank", "loras")},
     "vllm.lora.utils": {"get_adapter_absolute_path": ("lora_path",)},
@@ -52,7 +55,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
 # Names that only have to be there.
 NAMES = {
     MIXIN: (MANAGER,),
-    "vllm.lora.utils": ("_all_lora_classes",),
+    "vllm.lora.utils": ("_all_lora_classes", LOGITS),
     "vllm.envs": ("VLLM_LORA_ENABLE_DUAL_STREAM",),
     "vllm.model_executor.layers.vocab_parallel_embedding": ("VocabParallelEmbedding",),
 }
@@ -61,9 +64,11 @@ ATTRIBUTES = {
     ("vllm.lora.model_manager", "LoRAModelManager"): ("modules", "packed_modules",
                                                       "lora_index_to_id"),
     ("vllm.lora.worker_manager", "WorkerLoRAManager"): ("lora_config", "device"),
-    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase"): ("_token_lora_indices",),
+    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase"): (
+        "_token_lora_indices", "_sampler_indices"),
     ("vllm.lora.layers", "MergedColumnParallelLinearWithLoRA"): ("output_slices",),
     ("vllm.lora.layers", "RowParallelLinearWithLoRA"): ("input_size",),
+    ("vllm.lora.layers", LOGITS): ("hidden_size",),
 }
 
 

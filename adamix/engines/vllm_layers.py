@@ -1,7 +1,8 @@
-"""What stands before vLLM's LoRA classes of linear layers: the delta in place of A and B.
+"""What stands before vLLM's LoRA classes of layers: the delta in place of A and B.
 
-vLLM's classes keep their forward passes, collectives and rules of when they replace a layer. Their
-own A and B, of rank 1, stay empty: vLLM takes shapes from them.
+vLLM's classes keep their collectives and their rules of when they replace a layer, those of linear
+layers also their forward passes. Their own A and B, of rank 1, stay empty: vLLM takes shapes from
+them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from adamix import ops
 from adamix.artifacts import PackedDelta
 from adamix.engines.sharding import part_of
 
-CLASSES = ("MergedQKVParallelLinearWithLoRA", "MergedColumnParallelLinearWithLoRA",
-           "QKVParallelLinearWithLoRA", "ColumnParallelLinearWithLoRA",
-           "RowParallelLinearWithLoRA", "ReplicatedLinearWithLoRA")
+LINEAR = ("MergedQKVParallelLinearWithLoRA", "MergedColumnParallelLinearWithLoRA",
+          "QKVParallelLinearWithLoRA", "ColumnParallelLinearWithLoRA",
+          "RowParallelLinearWithLoRA", "ReplicatedLinearWithLoRA")
+EMBEDDING, LOGITS = "VocabParallelEmbeddingWithLoRA", "LogitsProcessorWithLoRA"
 
 
 class Segments(Protocol):
@@ -38,14 +40,14 @@ class LayerSite:
     tables: list[Tensor]  # int64 [slots, TABLE_COLUMNS] each; q, k and v, say
     max_rank: int
     segments: Segments | None  # None on the CPU
-    token_slots: Tensor  # int64 [tokens]: what there is instead on the CPU
+    token_slots: Tensor  # int64 [tokens]: what there is on the CPU; of an output head, [rows]
 
     def add(self, ys: tuple[Tensor, ...], x: Tensor) -> None:
         """Add every token's delta to `ys`, `[.., tokens, out]` each; `x [.., tokens, in]`."""
         tokens = x.numel() // x.shape[-1]
         if self.segments is None:
-            slots = self.token_slots[:tokens].to(torch.int32)
-            ops.delta_gemm_layers_(ys, x, self.arena, self.tables, slots, max_rank=self.max_rank)
+            ops.delta_gemm_layers_(ys, x, self.arena, self.tables, self.slots_of(tokens),
+                                   max_rank=self.max_rank)
             return
         ops.delta_gemm_segments_(
             ys, x, self.arena, self.tables,
@@ -53,8 +55,20 @@ class LayerSite:
             self.segments.num_tokens_per_lora, self.segments.lora_token_start_loc,
             self.segments.active_lora_ids, max_rank=self.max_rank)
 
+    def slots_of(self, tokens: int) -> Tensor:
+        """Each token's slot, int32 `[tokens]`."""
+        return self.token_slots[:tokens].to(torch.int32)
 
-class DeltaLinear(nn.Module):
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one matrix of a layer, as (out, in)."""
+
+    part: tuple[int, int]  # that this worker has
+    whole: tuple[int, int]  # or a little more, where workers share heads
+
+
+class DeltaLayer(nn.Module):
     """Stands before one of vLLM's classes; without a site it is the base's layer."""
 
     _site: LayerSite | None
@@ -68,11 +82,26 @@ class DeltaLinear(nn.Module):
         """Where the deltas are, once all layers are known."""
         self._site = site
 
-    def part_of(self, packed: PackedDelta, index: int) -> PackedDelta:
-        """What this worker has of the delta to the layer's matrix `index`.
+    def sizes(self) -> list[Sizes]:
+        """Of the layer's matrices, in order."""
+        raise NotImplementedError
 
-        vLLM's own rule says which rows and columns: it is asked to slice their numbers.
-        """
+    def part_of(self, packed: PackedDelta, index: int) -> PackedDelta:
+        """What this worker has of the delta to the layer's matrix `index`."""
+        return packed
+
+
+class DeltaLinear(DeltaLayer):
+    """A linear layer, or several on one input."""
+
+    def sizes(self) -> list[Sizes]:
+        base, several = self.base_layer, len(self.output_slices) > 1
+        wholes = base.output_sizes if several else (base.output_size,)
+        return [Sizes((out, self.input_size), (whole, base.input_size))
+                for out, whole in zip(self.output_slices, wholes, strict=True)]
+
+    def part_of(self, packed: PackedDelta, index: int) -> PackedDelta:
+        """vLLM's own rule says which rows and columns: it is asked to slice their numbers."""
         if self.tp_size == 1:
             return packed
         out, n = packed.shape
@@ -91,6 +120,46 @@ class DeltaLinear(nn.Module):
         return output
 
 
+class DeltaEmbedding(DeltaLayer):
+    """The embedding; every worker adds whole rows to what the workers have gathered."""
+
+    def sizes(self) -> list[Sizes]:
+        shape = self.base_layer.org_vocab_size, self.base_layer.embedding_dim
+        return [Sizes(shape, shape)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, site = self.base_layer.forward(x), self._site
+        if site is not None and x.numel():
+            ops.delta_embedding_(y, x, site.arena, site.tables[0], site.slots_of(x.numel()),
+                                 vocab_size=self.base_layer.org_vocab_size, max_rank=site.max_rank)
+        return y
+
+
+class DeltaLogits(DeltaLayer):
+    """The output head, as vLLM has it: where logits are computed and gathered."""
+
+    def sizes(self) -> list[Sizes]:
+        shape = self.base_layer.org_vocab_size, self.hidden_size
+        return [Sizes(shape, shape)]
+
+    def _get_logits(self, hidden_states: Tensor, *others: object) -> Tensor | None:
+        logits, site = super()._get_logits(hidden_states, *others), self._site
+        if logits is not None and site is not None and logits.numel():
+            site.add((logits[..., : self.base_layer.org_vocab_size],),
+                     hidden_states.to(logits.dtype))
+        return logits
+
+
 def delta_classes(stock: object) -> tuple[type[nn.Module], ...]:
-    """The classes above of the module `vllm.lora.layers`, each with DeltaLinear before it."""
-    return tuple(type(f"Delta{name}", (DeltaLinear, getattr(stock, name)), {}) for name in CLASSES)
+    """Classes of the module `vllm.lora.layers` with ours before them, as vLLM is to ask them."""
+    layers = [(name, DeltaLinear) for name in LINEAR] + [(EMBEDDING, DeltaEmbedding)]
+    return tuple(_delta_class(stock, name, before) for name, before in layers)
+
+
+def delta_logits(stock: object) -> type[nn.Module]:
+    """The class that vLLM makes of an output head, with ours before it."""
+    return _delta_class(stock, LOGITS, DeltaLogits)
+
+
+def _delta_class(stock: object, name: str, before: type[DeltaLayer]) -> type[nn.Module]:
+    return type(f"Delta{name}", (before, getattr(stock, name)), {})

@@ -28,7 +28,14 @@ from adamix.api import LEAST_RATIO, base_check, most_components
 from adamix.artifacts import ModelDelta
 from adamix.engines.options import EngineOptions
 from adamix.engines.slots import SlotBank
-from adamix.engines.vllm_layers import DeltaLinear, LayerSite, delta_classes
+from adamix.engines.vllm_layers import (
+    DeltaEmbedding,
+    DeltaLayer,
+    DeltaLogits,
+    LayerSite,
+    delta_classes,
+    delta_logits,
+)
 from adamix.errors import BankError, DeltaFileError
 from adamix.naming import kind_of
 from adamix.serving.arena import ALIGNMENT
@@ -83,46 +90,61 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
         with _delta_layers():
             wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
-        self._sites = {matrix: (layer, index) for name, layer in manager.modules.items()
-                       if isinstance(layer, DeltaLinear)
-                       for index, matrix in enumerate(_matrices(manager, name, layer))}
-        if not self._sites:
-            raise BankError(f"{type(model).__name__} has no linear layer that vLLM lets adapters "
-                            f"change: deltas have no place in it")
+        self._find_sites(manager, vllm_config.model_config.hf_config)
+        if not self._layers:
+            raise BankError(f"{type(model).__name__} has no layer that vLLM lets adapters change: "
+                            f"deltas have no place in it")
         manager.bank = self._bank = self._make_bank()
+        for layer, matrices in self._layers.items():
+            layer.install(self._site_of(layer, matrices))
         self._embeddings = {name for name, module in model.named_modules(remove_duplicate=False)
                             if isinstance(getattr(module, "base_layer", module),
                                           VocabParallelEmbedding)}
-        for layer in dict.fromkeys(layer for layer, _ in self._sites.values()):
-            layer.install(self._site_of(layer))
         logger.info("adamix: %d matrices, %d slots, %s bytes", len(self._sites), self._bank.slots,
                     f"{self._bank.nbytes:,}")
         return wrapped
 
+    def _find_sites(self, manager: DeltaModelManager, model_config: object) -> None:
+        """Each layer's matrices, and each matrix's layer; a tied head has the embedding's."""
+        self._layers: dict[DeltaLayer, list[str]] = {}
+        for name, layer in manager.modules.items():
+            if isinstance(layer, DeltaLayer):
+                names = manager.packed_modules.get(name, [name])
+                if len(names) == len(layer.sizes()):  # else vLLM splits it as no checkpoint does
+                    self._layers[layer] = [f"{one}.weight" for one in names]
+        embedding = [names for layer, names in self._layers.items()
+                     if isinstance(layer, DeltaEmbedding)]
+        if getattr(model_config.get_text_config(), "tie_word_embeddings", False) and embedding:
+            for layer in self._layers:
+                if isinstance(layer, DeltaLogits):
+                    self._layers[layer] = embedding[0]
+        self._sites: dict[str, tuple[DeltaLayer, int]] = {}
+        for layer, names in self._layers.items():
+            for index, name in enumerate(names):
+                self._sites.setdefault(name, (layer, index))
+
     def _make_bank(self) -> SlotBank:
         places, slot_bytes = {}, 0
         for matrix, (layer, index) in self._sites.items():
-            out, n = shape = layer.output_slices[index], layer.input_size
-            base = layer.base_layer
-            whole_out = (base.output_sizes[index] if len(layer.output_slices) > 1
-                         else base.output_size)
-            whole = (whole_out, base.input_size)
-            places[matrix] = MatrixPlace(len(places), shape,
-                                         most_components(whole, self._options.max_rank))
+            sizes = layer.sizes()[index]
+            places[matrix] = MatrixPlace(len(places), sizes.part,
+                                         most_components(sizes.whole, self._options.max_rank))
             # V or U is whole on every worker: what a part has of the delta's bytes is its share
             # of both sides, not of the area.
-            slot_bytes += (2 * whole[0] * whole[1] * (out + n) // (LEAST_RATIO * sum(whole))
-                           + 4 * PARTS * ALIGNMENT)
+            area, sides = sizes.whole[0] * sizes.whole[1], sum(sizes.whole)
+            slot_bytes += 2 * area * sum(sizes.part) // (LEAST_RATIO * sides)
+            slot_bytes += 4 * PARTS * ALIGNMENT
         slots = self.lora_config.max_loras
         capacity = self._options.capacity_bytes or slots * slot_bytes
         return SlotBank(Places(places, {}, {}), slots, capacity, self.device)
 
-    def _site_of(self, layer: DeltaLinear) -> LayerSite:
-        matrices = [matrix for matrix, (owner, _) in self._sites.items() if owner is layer]
+    def _site_of(self, layer: DeltaLayer, matrices: list[str]) -> LayerSite:
         most = max(self._bank.places.matrices[matrix].max_rank for matrix in matrices)
-        wrapper = layer.punica_wrapper
+        wrapper, is_head = layer.punica_wrapper, isinstance(layer, DeltaLogits)
+        segments = "prompt_mapping_meta" if is_head else "token_mapping_meta"
+        slots = wrapper._sampler_indices if is_head else wrapper._token_lora_indices
         return LayerSite(self._bank.arena, [self._bank.table(matrix) for matrix in matrices], most,
-                         getattr(wrapper, "token_mapping_meta", None), wrapper._token_lora_indices)
+                         getattr(wrapper, segments, None), slots)
 
     def _load_adapter(self, lora_request: object) -> LoRAModel:
         name = lora_request.lora_name
@@ -132,8 +154,8 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
         if left_out:
             kinds = Counter(kind_of(tensor) for tensor in left_out)
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            text = (f"{name}: {len(left_out)} tensors are left out, since vLLM routes linear "
-                    f"layers alone: {what}")
+            text = (f"{name}: {len(left_out)} tensors are left out, since vLLM routes matrices "
+                    f"alone: {what}")
             if self._options.strict:
                 raise BankError(text)
             logger.warning("adamix: %s", text)
@@ -198,18 +220,14 @@ def _folder_of(name: str, path: str) -> Path:
     return folder
 
 
-def _matrices(manager: DeltaModelManager, name: str, layer: DeltaLinear) -> list[str]:
-    """The matrices of a layer in the order of its slices; none where vLLM splits them otherwise."""
-    names = manager.packed_modules.get(name, [name])
-    return [f"{one}.weight" for one in names] if len(names) == len(layer.output_slices) else []
-
-
 @contextmanager
 def _delta_layers() -> Iterator[None]:
-    """Within it vLLM wraps linear layers in ours; what it asks first is what it takes."""
-    before = vllm.lora.utils._all_lora_classes
-    vllm.lora.utils._all_lora_classes = (*delta_classes(vllm.lora.layers), *before)
+    """Within it vLLM wraps layers in ours: of its classes it takes the first that fits."""
+    home = vllm.lora.utils
+    before, logits = home._all_lora_classes, home.LogitsProcessorWithLoRA
+    home._all_lora_classes = (*delta_classes(vllm.lora.layers), *before)
+    home.LogitsProcessorWithLoRA = delta_logits(vllm.lora.layers)
     try:
         yield
     finally:
-        vllm.lora.utils._all_lora_classes = before
+        home._all_lora_classes, home.LogitsProcessorWithLoRA = before, logits

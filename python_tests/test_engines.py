@@ -1,0 +1,343 @@
+"""What engines are given, without one: slots, parts for workers, options, the plugin."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from routed_models import no_manifest, random_packed
+from torch import nn
+
+from adamix import ops
+from adamix.artifacts import ModelDelta
+from adamix.engines import vllm
+from adamix.engines.options import EngineOptions, wants_adamix
+from adamix.engines.sharding import part_of
+from adamix.engines.slots import SlotBank
+from adamix.engines.vllm_layers import DeltaLinear, DeltaLogits, LayerSite
+from adamix.errors import AdamixError, BankError
+from adamix.panels import unpack_factor
+from adamix.serving.image import MatrixPlace, Places
+
+CPU = torch.device("cpu")
+
+
+def packed(out, n, seed=0):
+    return random_packed((out, n), torch.Generator().manual_seed(seed))
+
+
+# --- parts for workers
+
+
+@pytest.mark.parametrize(("rows", "columns"), [
+    (range(320), range(256, 512)), (range(64, 128), range(600)), (range(17, 90), range(33, 47)),
+    ([*range(32), *range(160, 192)], range(600)), (range(320), [5, 4, 599])])
+def test_a_part_is_these_rows_and_columns_of_the_delta(rows, columns):
+    whole = packed(320, 600)
+    part = part_of(whole, torch.tensor(list(rows)), torch.tensor(list(columns)))
+    assert part.shape == (len(rows), len(columns)) and part.counts == whole.counts
+    assert torch.equal(part.scales, whole.scales)
+    for found, codes, kept in zip(codes_of(part), codes_of(whole), (columns, rows), strict=True):
+        assert torch.equal(found, codes[:, list(kept)])
+
+
+def codes_of(delta):
+    """V's codes and U's, a component a row."""
+    end = ops.v_words(delta.shape[1], delta.counts)
+    return (unpack_factor(delta.words[:end], delta.counts, delta.shape[1]),
+            unpack_factor(delta.words[end:], delta.counts, delta.shape[0]))
+
+
+class Wrapped(nn.Module):
+    """Stands for vLLM's class of gate and up: rows shared out, inputs whole."""
+
+    def __init__(self, workers=1, rank=0, outs=(96, 96), n=64):
+        super().__init__()
+        self.tp_size, self.rank = workers, rank
+        self.output_slices = tuple(out // workers for out in outs)
+        self.input_size = n
+        self.base_layer = SimpleNamespace(input_size=n, output_size=sum(outs), output_sizes=outs)
+
+    def create_lora_weights(self, max_loras, lora_config, model_config=None):
+        pass
+
+    def slice_lora_a(self, lora_a):
+        return lora_a
+
+    def slice_lora_b(self, lora_b):
+        return [None if b is None else b[self.rank * size : (self.rank + 1) * size]
+                for b, size in zip(lora_b, self.output_slices, strict=True)]
+
+
+class Down(Wrapped):
+    """Of a layer whose inputs are shared out: partial sums."""
+
+    def __init__(self, workers=1, rank=0):
+        super().__init__(workers, rank, outs=(64,), n=192)
+        self.output_slices, self.input_size = (64,), 192 // workers
+
+    def slice_lora_a(self, lora_a):
+        return lora_a[:, self.rank * self.input_size :][:, : self.input_size]
+
+    def slice_lora_b(self, lora_b):
+        return lora_b
+
+
+DeltaWrapped = type("DeltaWrapped", (DeltaLinear, Wrapped), {})
+DeltaDown = type("DeltaDown", (DeltaLinear, Down), {})
+
+
+def made(cls, *args):
+    layer = cls(*args)
+    layer.create_lora_weights(2, None)
+    return layer
+
+
+def bank_of(layer, deltas, slots=2):
+    """A bank with these deltas of the layer's matrices, one list a slot."""
+    sizes = layer.sizes()
+    places = Places({str(i): MatrixPlace(i, size.part, 40) for i, size in enumerate(sizes)}, {}, {})
+    bank = SlotBank(places, slots, slots << 18, CPU)
+    for slot, matrices in enumerate(deltas):
+        parts = {str(i): layer.part_of(matrix, i) for i, matrix in enumerate(matrices)}
+        bank.fill(slot, bank.image("d", ModelDelta(parts, {}, {}, no_manifest())))
+    return bank
+
+
+def site_of(layer, bank, slots, segments=None):
+    tables = [bank.table(str(i)) for i in range(len(layer.sizes()))]
+    return LayerSite(bank.arena, tables, 40, segments, torch.tensor(slots))
+
+
+SLOTS = [0, 1, -1, 1, 0]
+
+
+def exact(x, deltas):
+    """[tokens, out] of each matrix beside the others, in float64, for SLOTS."""
+    zero = [torch.zeros(matrix.shape) for matrix in deltas[0]]
+    rows = [[matrix.dequantize() for matrix in matrices] for matrices in deltas] + [zero]
+    return torch.stack([torch.cat([matrix.double() @ token.double() for matrix in rows[slot]])
+                        for slot, token in zip(SLOTS, x, strict=True)])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_have_the_rows_of_every_matrix(workers):
+    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    x, outputs = torch.randn(5, 64), []
+    for rank in range(workers):
+        layer = made(DeltaWrapped, workers, rank)
+        layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
+        outputs.append(layer._apply_lora_to_output(x, torch.zeros(5, 192 // workers)))
+    split = [output.split(96 // workers, 1) for output in outputs]
+    together = torch.cat([torch.cat([parts[i] for parts in split], 1) for i in (0, 1)], 1)
+    torch.testing.assert_close(together.double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+
+
+def test_workers_with_parts_of_the_inputs_add_up():
+    deltas = [[packed(64, 192, slot)] for slot in (0, 1)]
+    x, total = torch.randn(5, 192), torch.zeros(5, 64)
+    for rank in (0, 1):
+        layer = made(DeltaDown, 2, rank)
+        layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
+        total += layer._apply_lora_to_output(x[:, 96 * rank :][:, :96], torch.zeros(5, 64))
+    torch.testing.assert_close(total.double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+
+
+def segments_of(slots, most):
+    """As vLLM keeps them for a GPU: sorted by slot, -1 first, what is unused 0 or -1."""
+    slots = torch.tensor(slots)
+    ids, counts = torch.unique(slots, return_counts=True)
+    active, tokens = torch.full((most + 1,), -1), torch.zeros(most + 1)
+    starts = torch.zeros(most + 2)
+    active[: len(ids)], tokens[: len(ids)] = ids, counts.float()
+    starts[1 : len(ids) + 1] = counts.cumsum(0)
+    order = torch.cat([slots.argsort(stable=True), torch.full((9,), 10**6)])  # stale beyond
+    return SimpleNamespace(token_indices_sorted_by_lora_ids=order.int(),
+                           num_tokens_per_lora=tokens.int(), lora_token_start_loc=starts.int(),
+                           active_lora_ids=active.int())
+
+
+def test_sorted_tokens_of_a_gpu_give_what_slots_of_the_cpu_give():
+    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    layer = made(DeltaWrapped)
+    bank, x = bank_of(layer, deltas), torch.randn(5, 64)
+    found = []
+    for segments in (None, segments_of(SLOTS, 2)):
+        layer.install(site_of(layer, bank, SLOTS, segments))
+        found.append(layer._apply_lora_to_output(x, torch.zeros(5, 192)))
+    assert torch.equal(*found) and found[0].any()
+    layer.install(site_of(layer, bank, SLOTS, segments_of([-1] * 5, 2)))
+    assert not layer._apply_lora_to_output(x, torch.zeros(5, 192)).any()
+
+
+def test_activations_may_have_a_batch_dimension_and_layers_no_site():
+    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    layer = made(DeltaWrapped)
+    x = torch.randn(5, 64)
+    assert not layer._apply_lora_to_output(x, torch.zeros(5, 192)).any()
+    layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
+    flat = layer._apply_lora_to_output(x, torch.zeros(5, 192))
+    assert torch.equal(layer._apply_lora_to_output(x[None], torch.zeros(1, 5, 192))[0], flat)
+    assert layer._apply_lora_to_output(x[:0], torch.zeros(0, 192)).shape == (0, 192)
+
+
+def test_a_head_adds_to_its_logits_in_their_type():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.hidden_size = SimpleNamespace(org_vocab_size=96), 64
+
+        def create_lora_weights(self, max_loras, lora_config, model_config=None):
+            pass
+
+        def _get_logits(self, hidden_states, lm_head):
+            return torch.zeros(len(hidden_states), 100)  # fp32, and padded
+
+    layer = made(type("DeltaHead", (DeltaLogits, Head), {}))
+    deltas = [[packed(96, 64, slot)] for slot in (0, 1)]
+    layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
+    x = torch.randn(5, 64).bfloat16()
+    logits = layer._get_logits(x, None)
+    torch.testing.assert_close(logits[:, :96].double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+    assert not logits[:, 96:].any()
+
+
+# --- slots
+
+
+def test_a_slot_is_filled_over_and_emptied():
+    layer = made(DeltaDown)
+    deltas = [[packed(64, 192, seed)] for seed in range(3)]
+    bank, x = bank_of(layer, deltas[:2]), torch.randn(5, 192)
+    arena, table = bank.arena.data_ptr(), bank.table("0").data_ptr()
+    bank.fill(1, bank.image("d", ModelDelta({"0": deltas[2][0]}, {}, {}, no_manifest())))
+    layer.install(site_of(layer, bank, SLOTS))
+    found = layer._apply_lora_to_output(x, torch.zeros(5, 64))
+    wanted = exact(x, [deltas[0], deltas[2]])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    bank.fill(0, None)
+    found = layer._apply_lora_to_output(x, torch.zeros(5, 64))
+    assert not found[[0, 2, 4]].any() and found[[1, 3]].any()
+    assert (bank.arena.data_ptr(), bank.table("0").data_ptr()) == (arena, table)
+
+
+def test_what_fits_no_slot_is_refused_with_the_bytes_it_needs():
+    one = packed(64, 192)
+    places = Places({"0": MatrixPlace(0, (64, 192), 40)}, {}, {})
+    delta = ModelDelta({"0": one}, {}, {}, no_manifest())
+    with pytest.raises(BankError, match="capacity_bytes of at least") as error:
+        SlotBank(places, 3, 3 * 1024, CPU).image("big", delta)
+    needed = int(str(error.value).rsplit(" ", 1)[1])
+    SlotBank(places, 3, needed, CPU).image("big", delta)
+    few = Places({"0": MatrixPlace(0, (64, 192), one.rank - 1)}, {}, {})
+    with pytest.raises(BankError, match="give a larger max_rank"):
+        SlotBank(few, 3, needed, CPU).image("big", delta)
+    assert ops.TABLE_COLUMNS == SlotBank(places, 3, needed, CPU).table("0").shape[1]
+
+
+# --- options
+
+
+def test_options_come_from_the_engines_configuration():
+    assert EngineOptions.of({"adamix": {}}) == EngineOptions()
+    given = {"capacity_bytes": 7, "max_rank": 3, "strict": True, "verify": None}
+    assert EngineOptions.of({"adamix": given, "other": 1}) == EngineOptions(7, 3, True, None)
+    assert wants_adamix({"adamix": {}}) and not wants_adamix({}) and not wants_adamix(None)
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    ({"capacity": 7}, "adamix has no option 'capacity'; it has capacity_bytes, max_rank"),
+    ({"capacity_bytes": 0}, "capacity_bytes must be a whole number from 1 on, got 0"),
+    ({"max_rank": "64"}, "max_rank must be a whole number from 1 on, got '64'"),
+    ({"strict": 1}, "strict must be true or false"), ({"verify": "no"}, 'verify must be "sampled"'),
+    (True, "adamix must be an object with options, got True")])
+def test_options_that_are_none_are_refused(given, sentence):
+    with pytest.raises(AdamixError, match=sentence):
+        EngineOptions.of({"adamix": given})
+
+
+# --- the plugin, with modules made up from what it looks at
+
+
+def function(parameters, attributes=()):
+    names: dict[str, object] = {}
+    body = "; ".join(f"{parameters[0]}.{name} = 0" for name in attributes) or "pass"
+    exec(f"def made({', '.join(parameters)}, further=None): {body}", names)
+    return names["made"]
+
+
+def known_vllm(without="", renamed=""):
+    """Modules by name in which everything is that the plugin looks at, but `without`; the
+    parameters of `renamed` are called otherwise."""
+    modules = {"vllm": SimpleNamespace(__version__="9.9")}
+
+    def put(module, name, value):
+        owner = modules.setdefault(module, SimpleNamespace())
+        *classes, last = name.split(".")
+        for part in classes:
+            if not hasattr(owner, part):
+                setattr(owner, part, type(part, (), {}))
+            owner = getattr(owner, part)
+        if without not in (f"{module}.{name}", last):
+            setattr(owner, last, value)
+
+    for module, functions in vllm.PARAMETERS.items():
+        for name, parameters in functions.items():
+            put(module, name, function(["self_", *parameters] if name == renamed else parameters))
+    for module, found in vllm.NAMES.items():
+        for name in found:
+            if not hasattr(modules.get(module), name):
+                put(module, name, object())
+    for (module, name), attributes in vllm.ATTRIBUTES.items():
+        put(module, f"{name}.__init__",
+            function(("self",), [one for one in attributes if one != without]))
+
+    def load(name):
+        if name == without or name not in modules:
+            raise ImportError(name)
+        return modules[name]
+
+    return load
+
+
+def test_a_vllm_with_all_that_is_used_is_taken():
+    vllm.probe(known_vllm())
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"without": "vllm.exceptions"}, "there is no vllm.exceptions"),
+    ({"without": "_all_lora_classes"}, "vllm.lora.utils has no _all_lora_classes"),
+    ({"without": "slice_lora_b"}, "has no RowParallelLinearWithLoRA.slice_lora_b"),
+    ({"without": "packed_modules"}, "LoRAModelManager has no packed_modules"),
+    ({"renamed": "RowParallelLinearWithLoRA._apply_lora_to_output"},
+     r"_apply_lora_to_output takes \(self_, self, x, output"),
+    ({"renamed": "LoRAKernelMeta"}, r"LoRAKernelMeta takes \(self_, token_lora_mapping")])
+def test_another_vllm_is_refused_by_what_it_lacks(change, sentence):
+    with pytest.raises(vllm.EngineError, match=sentence) as error:
+        vllm.probe(known_vllm(**change))
+    assert str(error.value).startswith("vLLM 9.9 is not one that adamix knows: ")
+
+
+def test_the_plugin_is_registered_once_and_leaves_other_engines_alone(monkeypatch):
+    mixin = ModuleType(vllm.MIXIN)
+    setattr(mixin, vllm.MANAGER, lambda *arguments: ("stock", *arguments))
+    monkeypatch.setitem(sys.modules, vllm.MIXIN, mixin)
+    vllm.register()
+    chosen = getattr(mixin, vllm.MANAGER)
+    vllm.register()
+    assert getattr(mixin, vllm.MANAGER) is chosen
+    plain = SimpleNamespace(additional_config={})
+    assert chosen(plain, "cpu", {}) == ("stock", plain, "cpu", {})
+
+    def refuse():
+        raise vllm.EngineError("not known")
+
+    monkeypatch.setattr(vllm, "probe", refuse)
+    with pytest.raises(vllm.EngineError, match="not known"):
+        chosen(SimpleNamespace(additional_config={"adamix": {}}), "cpu", {})
+
+
+def test_without_its_place_in_vllm_the_plugin_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, vllm.MIXIN, ModuleType(vllm.MIXIN))
+    vllm.register()
+    assert "this vLLM is left alone" in caplog.text

@@ -1,0 +1,158 @@
+"""vLLM as the engine: what can be said without it, then an engine on the CPU where it is there."""
+
+import gc
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm_models import write_base, write_finetune
+
+from adamix.merging import restored_model
+
+PROMPTS = [[1, 5, 9, 33, 77], [1, 8, 20, 41], [1, 30, 12, 13, 14, 15]]
+LONG = [1, *(7 * i % 90 + 3 for i in range(70))]  # several blocks of the cache
+NEW_TOKENS = 8
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM here")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """base, d0..d2 and normed (norms differ too) of one model; other: of another base."""
+    root = tmp_path_factory.mktemp("vllm")
+    base = write_base(root / "base")
+    for i in range(3):
+        write_finetune(base, root / "base", root / f"d{i}", seed=10 + i)
+    write_finetune(base, root / "base", root / "normed", seed=20, norms=True)
+    write_finetune(write_base(root / "elsewhere", seed=1), root / "elsewhere", root / "other", 21)
+    (root / "peft").mkdir()
+    (root / "peft" / "adapter_config.json").write_text("{}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+    """The entry point as an installed adamix has it, for one that is only on the path."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "adamix_entry-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: adamix-entry\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nadamix = adamix.engines.vllm:register\n")
+    paths = [str(site), str(Path(__file__).parents[1])]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(site))
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["one worker", "two workers"])
+def engine(request, folders, plugin):
+    """Two slots for three fine-tunes, and no more on the host: all of them make room at times."""
+    pytest.importorskip("vllm")
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if request.param == 2 else "nobind"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(str(folders / "base"), dtype="float32", skip_tokenizer_init=True,
+                 max_model_len=128, max_num_seqs=8, enforce_eager=True, enable_lora=True,
+                 max_loras=2, max_lora_rank=1, tensor_parallel_size=request.param,
+                 enable_prefix_caching=True,
+                 additional_config={"adamix": {"max_rank": 40, "capacity_bytes": 2 << 20}})
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+IDS = {name: i for i, name in enumerate(["d0", "d1", "d2", "normed", "other", "peft", "gone"], 1)}
+
+
+def request_for(folders, name):
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, IDS[name], str(folders / name)) if name else None
+
+
+def answers(engine, folders, names, prompts):
+    """The engine's tokens for each name and prompt, all asked for at once."""
+    from vllm import SamplingParams
+
+    asked = [(name, prompt) for prompt in prompts for name in names]
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False,
+                              ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for _, prompt in asked], sampling,
+                              lora_request=[request_for(folders, name) for name, _ in asked],
+                              use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+_EXPECTED = {}
+
+
+def expected(folders, names, prompts):
+    """The same of the models restored whole, one by one."""
+    for name in set(names) - _EXPECTED.keys():
+        model = (restored_model(folders / "base", folders / name) if name else
+                 AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32))
+        _EXPECTED[name] = model
+    return [generated(_EXPECTED[name], prompt) for prompt in prompts for name in names]
+
+
+@torch.inference_mode()
+def generated(model, prompt):
+    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False,
+                            min_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
+    return tokens[0, len(prompt):].tolist()
+
+
+def test_fine_tunes_of_the_tests_answer_differently(folders):
+    names = [None, "d0", "d1", "d2"]
+    found = expected(folders, names, PROMPTS)
+    assert len({tuple(tokens) for tokens in found[:4]}) == 4
+
+
+@needs_vllm
+def test_base_and_fine_tunes_answer_side_by_side_as_the_restored_models(engine, folders):
+    names = [None, "d0", "d1", "d2"]  # one more than there are slots
+    assert answers(engine, folders, names, PROMPTS) == expected(folders, names, PROMPTS)
+
+
+@needs_vllm
+def test_fine_tunes_that_made_room_come_back(engine, folders):
+    for names in (["d0"], ["d1", "d2"], [None], ["d0", "d2"], ["d1"]):
+        assert answers(engine, folders, names, PROMPTS) == expected(folders, names, PROMPTS)
+
+
+@needs_vllm
+def test_a_prompt_that_all_share_is_cached_for_each_alone(engine, folders):
+    names = ["d0", None, "d1", "d2", "d0", None]
+    wanted = expected(folders, names, [LONG])
+    assert len({tuple(tokens) for tokens in wanted}) == 4
+    for _ in range(2):
+        assert answers(engine, folders, names, [LONG]) == wanted
+
+
+@needs_vllm
+def test_norms_are_left_out(engine, folders):
+    model = restored_model(folders / "base", folders / "normed")
+    base = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
+    merged = [generated(model, prompt) for prompt in PROMPTS]
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data = base.get_parameter(name).data
+    found = answers(engine, folders, ["normed"], PROMPTS)
+    assert found == [generated(model, prompt) for prompt in PROMPTS] != merged
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["other", "peft", "gone"])
+def test_what_cannot_be_served_is_refused_and_the_engine_goes_on(name, engine, folders):
+    sentence = {"other": "was made from another base", "peft": "is a PEFT adapter",
+                "gone": "No adapter found"}[name]
+    with pytest.raises(Exception, match=sentence):  # vLLM's own, of another process
+        engine.llm_engine.add_lora(request_for(folders, name))
+    assert answers(engine, folders, ["d1"], PROMPTS[:1]) == expected(folders, ["d1"], PROMPTS[:1])

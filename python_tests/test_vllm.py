@@ -4,14 +4,21 @@ import gc
 import importlib.util
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from routed_models import no_manifest, random_packed
 from transformers import AutoModelForCausalLM
 from vllm_models import write_base, write_finetune
 
+from adamix.artifacts import ModelDelta
+from adamix.engines.slots import SlotBank
+from adamix.engines.vllm import probe
+from adamix.engines.vllm_layers import LayerSite
 from adamix.merging import restored_model
+from adamix.serving.image import MatrixPlace, Places
 
 PROMPTS = [[1, 5, 9, 33, 77], [1, 8, 20, 41], [1, 30, 12, 13, 14, 15]]
 LONG = [1, *(7 * i % 90 + 3 for i in range(70))]  # several blocks of the cache
@@ -19,11 +26,28 @@ NEW_TOKENS = 8
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM here")
 
 
+@dataclass(frozen=True)
+class Case:
+    """An engine's number of workers and the model that it serves."""
+
+    workers: int
+    tied: bool  # the head is the embedding
+    kv_heads: int  # where there are fewer than workers, they have the same ones
+
+
+CASES = [Case(workers=1, tied=False, kv_heads=2), Case(workers=2, tied=True, kv_heads=1)]
+
+
+@pytest.fixture(scope="session", params=CASES, ids=["one worker", "two workers"])
+def case(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
+def folders(case, tmp_path_factory):
     """base, d0..d2 and normed (norms differ too) of one model; other: of another base."""
     root = tmp_path_factory.mktemp("vllm")
-    base = write_base(root / "base")
+    base = write_base(root / "base", tied=case.tied, kv_heads=case.kv_heads)
     for i in range(3):
         write_finetune(base, root / "base", root / f"d{i}", seed=10 + i)
     write_finetune(base, root / "base", root / "normed", seed=20, norms=True)
@@ -48,17 +72,17 @@ def plugin(tmp_path_factory):
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["one worker", "two workers"])
-def engine(request, folders, plugin):
+@pytest.fixture(scope="session")
+def engine(case, folders, plugin):
     """Two slots for three fine-tunes, and no more on the host: all of them make room at times."""
     pytest.importorskip("vllm")
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if request.param == 2 else "nobind"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if case.workers == 2 else "nobind"
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine = LLM(str(folders / "base"), dtype="float32", skip_tokenizer_init=True,
                  max_model_len=128, max_num_seqs=8, enforce_eager=True, enable_lora=True,
-                 max_loras=2, max_lora_rank=1, tensor_parallel_size=request.param,
+                 max_loras=2, max_lora_rank=1, tensor_parallel_size=case.workers,
                  enable_prefix_caching=True,
                  additional_config={"adamix": {"max_rank": 40, "capacity_bytes": 2 << 20}})
     yield engine
@@ -90,16 +114,17 @@ def answers(engine, folders, names, prompts):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-_EXPECTED = {}
+_MODELS = {}
 
 
 def expected(folders, names, prompts):
     """The same of the models restored whole, one by one."""
-    for name in set(names) - _EXPECTED.keys():
-        model = (restored_model(folders / "base", folders / name) if name else
-                 AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32))
-        _EXPECTED[name] = model
-    return [generated(_EXPECTED[name], prompt) for prompt in prompts for name in names]
+    for name in names:
+        if (folders, name) not in _MODELS:
+            _MODELS[folders, name] = (
+                restored_model(folders / "base", folders / name) if name else
+                AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32))
+    return [generated(_MODELS[folders, name], prompt) for prompt in prompts for name in names]
 
 
 @torch.inference_mode()
@@ -111,8 +136,35 @@ def generated(model, prompt):
 
 def test_fine_tunes_of_the_tests_answer_differently(folders):
     names = [None, "d0", "d1", "d2"]
-    found = expected(folders, names, PROMPTS)
-    assert len({tuple(tokens) for tokens in found[:4]}) == 4
+    assert len({tuple(tokens) for tokens in expected(folders, names, PROMPTS)[:4]}) == 4
+
+
+@needs_vllm
+def test_this_vllm_is_one_that_is_known():
+    probe()
+
+
+@needs_vllm
+def test_tokens_as_vllm_sorts_them_for_a_gpu_give_what_their_slots_give():
+    from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+
+    generator = torch.Generator().manual_seed(0)
+    bank = SlotBank(Places({"w": MatrixPlace(0, (96, 64), 40)}, {}, {}), 3, 3 << 17,
+                    torch.device("cpu"))
+    for slot in range(3):
+        matrix = random_packed((96, 64), generator)
+        bank.fill(slot, bank.image("d", ModelDelta({"w": matrix}, {}, {}, no_manifest())))
+    meta = LoRAKernelMeta.make(max_loras=3, max_num_tokens=32, device="cpu")
+    for slots in ([2, 0, -1, 1, 1, 0, 2], [1] * 9, [-1, 2], [-1] * 4, [0, 1, 2] * 5):
+        mapping, x = torch.tensor(slots), torch.randn(len(slots), 64, generator=generator)
+        meta.prepare_tensors(mapping)
+        found = []
+        for segments in (meta, None):
+            y = torch.zeros(len(slots), 96)
+            LayerSite(bank.arena, [bank.table("w")], 40, segments, mapping).add((y,), x)
+            found.append(y)
+        assert torch.equal(*found)
+        assert torch.equal(found[0].any(1), mapping >= 0)
 
 
 @needs_vllm

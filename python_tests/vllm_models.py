@@ -17,12 +17,13 @@ from adamix.storage.file import write_delta
 VOCABULARY = 96
 
 
-def write_base(folder: Path, *, seed: int = 0, tied: bool = False) -> PreTrainedModel:
+def write_base(folder: Path, *, seed: int = 0, tied: bool = False, kv_heads: int = 2
+               ) -> PreTrainedModel:
     """A Llama with heads of 32, which vLLM computes on the CPU; grouped queries."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied)
+        num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied)
     model = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

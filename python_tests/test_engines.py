@@ -154,7 +154,8 @@ def segments_of(slots, most):
     order = torch.cat([slots.argsort(stable=True), torch.full((9,), 10**6)])  # stale beyond
     return SimpleNamespace(token_indices_sorted_by_lora_ids=order.int(),
                            num_tokens_per_lora=tokens.int(), lora_token_start_loc=starts.int(),
-                           active_lora_ids=active.int())
+                           active_lora_ids=active.int(),
+                           no_lora_flag_cpu=(slots < 0).all()[None])
 
 
 def test_sorted_tokens_of_a_gpu_give_what_slots_of_the_cpu_give():
@@ -168,6 +169,36 @@ def test_sorted_tokens_of_a_gpu_give_what_slots_of_the_cpu_give():
     assert torch.equal(*found) and found[0].any()
     layer.install(site_of(layer, bank, SLOTS, segments_of([-1] * 5, 2)))
     assert not layer._apply_lora_to_output(x, torch.zeros(5, 192)).any()
+
+
+def test_a_layer_compiles_whole_and_follows_what_changes_in_place():
+    """As vLLM compiles it: functionalized the first way."""
+    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    layer, meta = made(DeltaWrapped), segments_of(SLOTS, 2)
+    bank = bank_of(layer, deltas)
+    layer.install(site_of(layer, bank, SLOTS, meta))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(layer._apply_lora_to_output, fullgraph=True, backend=backend,
+                             dynamic=True)
+    x = torch.randn(5, 64)
+
+    def changed_rows():
+        found = compiled(x, torch.ones(5, 192))
+        assert torch.equal(found, layer._apply_lora_to_output(x, torch.ones(5, 192)))
+        return found.ne(1).any(1).tolist()
+
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
+        assert changed_rows() == [slot >= 0 for slot in SLOTS]
+        bank.fill(1, None)
+        assert changed_rows() == [slot == 0 for slot in SLOTS]
+        meta.no_lora_flag_cpu.fill_(True)  # though the tables on the device say otherwise
+        assert not any(changed_rows())
+    assert len(graphs) == 1
 
 
 def test_activations_may_have_a_batch_dimension_and_layers_no_site():

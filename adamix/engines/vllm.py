@@ -50,7 +50,8 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.exceptions": {"LoRAAdapterNotFoundError.__init__": ("self", "lora_name", "lora_path")},
     "vllm.lora.ops.triton_ops.lora_kernel_metadata": {
         "LoRAKernelMeta": ("token_lora_mapping", "token_indices_sorted_by_lora_ids",
-                           "active_lora_ids", "num_tokens_per_lora", "lora_token_start_loc")},
+                           "active_lora_ids", "num_tokens_per_lora", "lora_token_start_loc",
+                           "no_lora_flag_cpu")},
 }
 # Names that only have to be there.
 NAMES = {

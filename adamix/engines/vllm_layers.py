@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,30 @@ class Segments(Protocol):
     num_tokens_per_lora: Tensor  # int32 [slots + 1]
     lora_token_start_loc: Tensor  # int32 [slots + 2]
     active_lora_ids: Tensor  # int32 [slots + 1]: slots, -1 for the base and for what is unused
+    no_lora_flag_cpu: Tensor  # bool [1], on the host: whether all tokens are the base's
+
+
+@torch.library.custom_op(
+    "adamix_vllm::add_segments", mutates_args=("ys",),
+    schema="(Tensor(a!)[] ys, Tensor x, Tensor arena, Tensor[] tables, Tensor token_indices, "
+           "Tensor token_counts, Tensor token_starts, Tensor segment_slots, Tensor no_delta, "
+           "int max_rank) -> ()")
+def _add_segments(ys: list[Tensor], x: Tensor, arena: Tensor, tables: list[Tensor],
+                  token_indices: Tensor, token_counts: Tensor, token_starts: Tensor,
+                  segment_slots: Tensor, no_delta: Tensor, max_rank: int) -> None:
+    """`ops.delta_gemm_segments_`, or nothing where the flag on the host says so.
+
+    An operator of its own, since compilers do not look into it: the flag is read when a step runs
+    or a graph is captured, so the graphs that vLLM keeps for the base alone hold no kernel of ours.
+    """
+    if not no_delta.item():
+        ops.delta_gemm_segments_(ys, x, arena, tables, token_indices, token_counts, token_starts,
+                                 segment_slots, max_rank=max_rank)
+
+
+@_add_segments.register_fake
+def _(*_: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -44,16 +69,16 @@ class LayerSite:
 
     def add(self, ys: tuple[Tensor, ...], x: Tensor) -> None:
         """Add every token's delta to `ys`, `[.., tokens, out]` each; `x [.., tokens, in]`."""
-        tokens = x.numel() // x.shape[-1]
+        tokens = math.prod(x.shape[:-1])
         if self.segments is None:
             ops.delta_gemm_layers_(ys, x, self.arena, self.tables, self.slots_of(tokens),
                                    max_rank=self.max_rank)
             return
-        ops.delta_gemm_segments_(
-            ys, x, self.arena, self.tables,
-            self.segments.token_indices_sorted_by_lora_ids[:tokens],
-            self.segments.num_tokens_per_lora, self.segments.lora_token_start_loc,
-            self.segments.active_lora_ids, max_rank=self.max_rank)
+        meta = self.segments
+        _add_segments(list(ys), x, self.arena, self.tables,
+                      meta.token_indices_sorted_by_lora_ids[:tokens], meta.num_tokens_per_lora,
+                      meta.lora_token_start_loc, meta.active_lora_ids, meta.no_lora_flag_cpu,
+                      self.max_rank)
 
     def slots_of(self, tokens: int) -> Tensor:
         """Each token's slot, int32 `[tokens]`."""
@@ -115,7 +140,7 @@ class DeltaLinear(DeltaLayer):
                        self.slice_lora_a(several_columns)[index][0])
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        if self._site is not None and x.numel():
+        if self._site is not None:
             self._site.add(output.split(self.output_slices, dim=-1), x)
         return output
 
@@ -129,7 +154,7 @@ class DeltaEmbedding(DeltaLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y, site = self.base_layer.forward(x), self._site
-        if site is not None and x.numel():
+        if site is not None:
             ops.delta_embedding_(y, x, site.arena, site.tables[0], site.slots_of(x.numel()),
                                  vocab_size=self.base_layer.org_vocab_size, max_rank=site.max_rank)
         return y
@@ -144,7 +169,7 @@ class DeltaLogits(DeltaLayer):
 
     def _get_logits(self, hidden_states: Tensor, *others: object) -> Tensor | None:
         logits, site = super()._get_logits(hidden_states, *others), self._site
-        if logits is not None and site is not None and logits.numel():
+        if logits is not None and site is not None:
             site.add((logits[..., : self.base_layer.org_vocab_size],),
                      hidden_states.to(logits.dtype))
         return logits

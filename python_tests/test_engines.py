@@ -335,6 +335,16 @@ def test_a_vllm_with_all_that_is_used_is_taken():
     vllm.probe(known_vllm())
 
 
+def test_a_vllm_that_cannot_keep_q_k_and_v_apart_is_refused():
+    load = known_vllm()
+    mapper = load("vllm.model_executor.models.utils").WeightsMapper
+    mapper.__dataclass_fields__ = {vllm.STACKED: None}
+    with pytest.raises(vllm.EngineError, match="has no get_rename_mapper or get_unstacked_mapper"):
+        vllm.probe(load)
+    mapper.get_unstacked_mapper = None
+    vllm.probe(load)
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"without": "vllm.exceptions"}, "there is no vllm.exceptions"),
     ({"without": "_all_lora_classes"}, "vllm.lora.utils has no _all_lora_classes"),

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from routed_models import no_manifest, random_packed
 from transformers import AutoModelForCausalLM
 from vllm_models import write_base, write_finetune
 
+from adamix.api import base_check
 from adamix.artifacts import ModelDelta
+from adamix.engines.options import EngineOptions
 from adamix.engines.slots import SlotBank
 from adamix.engines.vllm import probe
 from adamix.engines.vllm_layers import LayerSite
+from adamix.errors import BankError
 from adamix.merging import restored_model
 from adamix.serving.image import MatrixPlace, Places
 
@@ -165,6 +169,74 @@ def test_tokens_as_vllm_sorts_them_for_a_gpu_give_what_their_slots_give():
             found.append(y)
         assert torch.equal(*found)
         assert torch.equal(found[0].any(1), mapping >= 0)
+
+
+def worker_manager(folders, **options):
+    """vLLM's side of a worker, as far as loading goes: every matrix of the base has a place."""
+    from adamix.engines.vllm_layers import DeltaLayer
+    from adamix.engines.vllm_manager import DeltaWorkerManager
+
+    base = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()
+              if parameter.dim() == 2}
+    places = {name: MatrixPlace(i, shape, 40) for i, (name, shape) in enumerate(shapes.items())}
+    manager = DeltaWorkerManager.__new__(DeltaWorkerManager)
+    manager._options = EngineOptions(**options)
+    manager._check = base_check(folders / "base", manager._options.verify)
+    manager._adapter_manager = SimpleNamespace(model=base)
+    manager._sites = dict.fromkeys(shapes, (DeltaLayer(), 0))
+    manager._embeddings = {"model.embed_tokens", "lm_head"}
+    manager._bank = SlotBank(Places(places, {}, {}), 2, 2 << 20, torch.device("cpu"))
+    return manager
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The warnings; whether caplog sees them depends on vLLM's version."""
+    from adamix.engines import vllm_manager
+
+    found = []
+    monkeypatch.setattr(vllm_manager.logger, "warning",
+                        lambda text, *values: found.append(text % values))
+    return found
+
+
+@needs_vllm
+def test_what_is_left_out_is_said_once_or_refused(folders, said):
+    request = request_for(folders, "normed")
+    model = worker_manager(folders)._load_adapter(request)
+    assert model.id == IDS["normed"] and model.image.words.any()
+    assert said == ["adamix: normed: left out, as vLLM cannot route them by request: 2 model.layers"
+                    ".*.input_layernorm.weight, 2 model.layers.*.post_attention_layernorm.weight, "
+                    "1 model.norm.weight"]
+    with pytest.raises(BankError, match="normed: left out, as vLLM cannot"):
+        worker_manager(folders, strict=True)._load_adapter(request)
+    assert worker_manager(folders, strict=True)._load_adapter(request_for(folders, "d0")).image
+
+
+@needs_vllm
+def test_a_matrix_without_a_place_is_refused_but_the_vocabularys(folders, said):
+    manager = worker_manager(folders)
+    del manager._sites["model.embed_tokens.weight"]
+    manager._load_adapter(request_for(folders, "d0"))
+    assert len(said) == 1 and "by request: 1 model.embed_tokens.weight" in said[0]
+    del manager._sites["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(BankError, match=r"d0 changes model.layers.1.mlp.up_proj.weight, which"):
+        manager._load_adapter(request_for(folders, "d0"))
+
+
+@needs_vllm
+@pytest.mark.parametrize(("config", "sentence"), [
+    ({"fully_sharded_loras": True}, "without fully_sharded_loras"),
+    ({"stages": 2}, "needs pipeline_parallel_size 1, got 2")])
+def test_a_configuration_that_cannot_work_is_refused(config, sentence):
+    from adamix.engines.vllm_manager import _refuse_unsupported
+
+    given = SimpleNamespace(
+        lora_config=SimpleNamespace(fully_sharded_loras=config.get("fully_sharded_loras", False)),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=config.get("stages", 1)))
+    with pytest.raises(BankError, match=sentence):
+        _refuse_unsupported(given)
 
 
 @needs_vllm

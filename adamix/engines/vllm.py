@@ -47,6 +47,7 @@ PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.lora.lora_model": {"LoRAModel.__init__": ("self", "lora_model_id", "rank", "loras")},
     "vllm.lora.utils": {"get_adapter_absolute_path": ("lora_path",)},
+    "vllm.model_executor.models.utils": {"WeightsMapper._map_name": ("self", "key")},
     "vllm.exceptions": {"LoRAAdapterNotFoundError.__init__": ("self", "lora_name", "lora_path")},
     "vllm.lora.ops.triton_ops.lora_kernel_metadata": {
         "LoRAKernelMeta": ("token_lora_mapping", "token_indices_sorted_by_lora_ids",
@@ -60,6 +61,10 @@ NAMES = {
     "vllm.envs": ("VLLM_LORA_ENABLE_DUAL_STREAM",),
     "vllm.model_executor.layers.vocab_parallel_embedding": ("VocabParallelEmbedding",),
 }
+# What makes, of a model's names for loading, names that keep q, k and v apart: one of them is there
+# where the first do not anyway.
+RENAMERS = ("get_rename_mapper", "get_unstacked_mapper")
+STACKED = "orig_to_new_stacked"
 # What a constructor sets or reads on the object.
 ATTRIBUTES = {
     ("vllm.lora.model_manager", "LoRAModelManager"): ("modules", "packed_modules",
@@ -132,6 +137,10 @@ def _missing(load: Callable[[str], object]) -> Iterator[str]:
         for name in NAMES.get(module_name, ()):
             if _find(module, name) is None:
                 yield f"{module_name} has no {name}"
+        mapper = _find(module, "WeightsMapper")
+        stacks = STACKED in getattr(mapper, "__dataclass_fields__", ())
+        if stacks and not any(hasattr(mapper, name) for name in RENAMERS):
+            yield f"{module_name}.WeightsMapper has no {' or '.join(RENAMERS)}"
         for (owner, name), attributes in ATTRIBUTES.items():
             if owner == module_name:
                 known = _set_by(_find(module, name))

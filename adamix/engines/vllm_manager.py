@@ -28,6 +28,7 @@ from adamix.api import LEAST_RATIO, base_check, most_components
 from adamix.artifacts import ModelDelta
 from adamix.engines.options import EngineOptions
 from adamix.engines.slots import SlotBank
+from adamix.engines.vllm import RENAMERS
 from adamix.engines.vllm_layers import (
     DeltaEmbedding,
     DeltaLayer,
@@ -154,8 +155,7 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
         if left_out:
             kinds = Counter(kind_of(tensor) for tensor in left_out)
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            text = (f"{name}: {len(left_out)} tensors are left out, since vLLM routes matrices "
-                    f"alone: {what}")
+            text = f"{name}: left out, as vLLM cannot route them by request: {what}"
             if self._options.strict:
                 raise BankError(text)
             logger.warning("adamix: %s", text)
@@ -187,7 +187,8 @@ class DeltaWorkerManager(LRUCacheWorkerLoRAManager):
         mapper = getattr(self._adapter_manager.model, "hf_to_vllm_mapper", None)
         if mapper is None:
             return tensor
-        renames = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+        renamer = next((name for name in RENAMERS if hasattr(mapper, name)), None)
+        renames = getattr(mapper, renamer)() if renamer else mapper
         return renames._map_name(tensor) or tensor
 
 

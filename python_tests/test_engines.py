@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from routed_models import no_manifest, random_packed
+from tolerance import assert_within_rounding
 from torch import nn
 
 from adamix import ops
@@ -112,12 +113,25 @@ def site_of(layer, bank, slots, segments=None):
 SLOTS = [0, 1, -1, 1, 0]
 
 
-def exact(x, deltas):
-    """[tokens, out] of each matrix beside the others, in float64, for SLOTS."""
-    zero = [torch.zeros(matrix.shape) for matrix in deltas[0]]
-    rows = [[matrix.dequantize() for matrix in matrices] for matrices in deltas] + [zero]
-    return torch.stack([torch.cat([matrix.double() @ token.double() for matrix in rows[slot]])
-                        for slot, token in zip(SLOTS, x, strict=True)])
+def assert_deltas(found, x, deltas, workers=1):
+    """Rows of fp32 `found` are the tokens' own deltas, matrix beside matrix, for SLOTS."""
+    exact, magnitude = torch.zeros(2, *found.shape, dtype=torch.float64)
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            values, sizes = zip(*(product(matrix, x[token]) for matrix in deltas[slot]),
+                                strict=True)
+            exact[token], magnitude[token] = torch.cat(values), torch.cat(sizes)
+    assert_within_rounding(found, exact, magnitude, terms=x.shape[1] + 40 + 2 + workers)
+    assert exact[SLOTS.index(1)].any()
+
+
+def product(matrix, x):
+    """Δ̂ x in float64, and the same with every product by its absolute value."""
+    V, U = codes_of(matrix)
+    widths = [bits for bits, count in matrix.widths.items() for _ in range(count)]
+    odd = 2.0 ** torch.tensor(widths).double()[:, None] - 1
+    U, V = (2 * U.double() - odd) * matrix.scales.double()[:, None], 2 * V.double() - odd
+    return U.T @ (V @ x.double()), U.abs().T @ (V.abs() @ x.double().abs())
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -130,7 +144,7 @@ def test_workers_have_the_rows_of_every_matrix(workers):
         outputs.append(layer._apply_lora_to_output(x, torch.zeros(5, 192 // workers)))
     split = [output.split(96 // workers, 1) for output in outputs]
     together = torch.cat([torch.cat([parts[i] for parts in split], 1) for i in (0, 1)], 1)
-    torch.testing.assert_close(together.double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+    assert_deltas(together, x, deltas)
 
 
 def test_workers_with_parts_of_the_inputs_add_up():
@@ -140,7 +154,7 @@ def test_workers_with_parts_of_the_inputs_add_up():
         layer = made(DeltaDown, 2, rank)
         layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
         total += layer._apply_lora_to_output(x[:, 96 * rank :][:, :96], torch.zeros(5, 64))
-    torch.testing.assert_close(total.double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+    assert_deltas(total, x, deltas, workers=2)
 
 
 def segments_of(slots, most):
@@ -229,7 +243,7 @@ def test_a_head_adds_to_its_logits_in_their_type():
     layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
     x = torch.randn(5, 64).bfloat16()
     logits = layer._get_logits(x, None)
-    torch.testing.assert_close(logits[:, :96].double(), exact(x, deltas), rtol=1e-5, atol=1e-5)
+    assert_deltas(logits[:, :96], x, deltas)
     assert not logits[:, 96:].any()
 
 
@@ -244,8 +258,7 @@ def test_a_slot_is_filled_over_and_emptied():
     bank.fill(1, bank.image("d", ModelDelta({"0": deltas[2][0]}, {}, {}, no_manifest())))
     layer.install(site_of(layer, bank, SLOTS))
     found = layer._apply_lora_to_output(x, torch.zeros(5, 64))
-    wanted = exact(x, [deltas[0], deltas[2]])
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert_deltas(found, x, [deltas[0], deltas[2]])
     bank.fill(0, None)
     found = layer._apply_lora_to_output(x, torch.zeros(5, 64))
     assert not found[[0, 2, 4]].any() and found[[1, 3]].any()

@@ -49,10 +49,13 @@ def codes_of(delta):
             unpack_factor(delta.words[end:], delta.counts, delta.shape[0]))
 
 
-class Wrapped(nn.Module):
-    """Stands for vLLM's class of gate and up: rows shared out, inputs whole."""
+OUTS = (96, 48, 48)
 
-    def __init__(self, workers=1, rank=0, outs=(96, 96), n=64):
+
+class Wrapped(nn.Module):
+    """Stands for vLLM's classes of q, k and v: rows shared out, inputs whole."""
+
+    def __init__(self, workers=1, rank=0, outs=OUTS, n=64):
         super().__init__()
         self.tp_size, self.rank = workers, rank
         self.output_slices = tuple(out // workers for out in outs)
@@ -92,6 +95,11 @@ def made(cls, *args):
     layer = cls(*args)
     layer.create_lora_weights(2, None)
     return layer
+
+
+def several():
+    """Deltas of all the matrices of `Wrapped`, for two slots."""
+    return [[packed(out, 64, 10 * slot + i) for i, out in enumerate(OUTS)] for slot in (0, 1)]
 
 
 def bank_of(layer, deltas, slots=2):
@@ -136,14 +144,14 @@ def product(matrix, x):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_have_the_rows_of_every_matrix(workers):
-    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    deltas = several()
     x, outputs = torch.randn(5, 64), []
     for rank in range(workers):
         layer = made(DeltaWrapped, workers, rank)
         layer.install(site_of(layer, bank_of(layer, deltas), SLOTS))
-        outputs.append(layer._apply_lora_to_output(x, torch.zeros(5, 192 // workers)))
-    split = [output.split(96 // workers, 1) for output in outputs]
-    together = torch.cat([torch.cat([parts[i] for parts in split], 1) for i in (0, 1)], 1)
+        outputs.append(layer._apply_lora_to_output(x, torch.zeros(5, sum(OUTS) // workers)))
+    split = [output.split([out // workers for out in OUTS], 1) for output in outputs]
+    together = torch.cat([torch.cat(parts, 1) for parts in zip(*split, strict=True)], 1)
     assert_deltas(together, x, deltas)
 
 
@@ -173,7 +181,7 @@ def segments_of(slots, most):
 
 
 def test_sorted_tokens_of_a_gpu_give_what_slots_of_the_cpu_give():
-    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    deltas = several()
     layer = made(DeltaWrapped)
     bank, x = bank_of(layer, deltas), torch.randn(5, 64)
     found = []
@@ -187,7 +195,7 @@ def test_sorted_tokens_of_a_gpu_give_what_slots_of_the_cpu_give():
 
 def test_a_layer_compiles_whole_and_follows_what_changes_in_place():
     """As vLLM compiles it: functionalized the first way."""
-    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    deltas = several()
     layer, meta = made(DeltaWrapped), segments_of(SLOTS, 2)
     bank = bank_of(layer, deltas)
     layer.install(site_of(layer, bank, SLOTS, meta))
@@ -216,7 +224,7 @@ def test_a_layer_compiles_whole_and_follows_what_changes_in_place():
 
 
 def test_activations_may_have_a_batch_dimension_and_layers_no_site():
-    deltas = [[packed(96, 64, 10 * slot + i) for i in (0, 1)] for slot in (0, 1)]
+    deltas = several()
     layer = made(DeltaWrapped)
     x = torch.randn(5, 64)
     assert not layer._apply_lora_to_output(x, torch.zeros(5, 192)).any()

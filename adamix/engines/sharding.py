@@ -26,6 +26,8 @@ def part_of(packed: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
 
 
 def _part(words: Tensor, counts: tuple[int, ...], n: int, kept: Tensor) -> Tensor:
+    if kept.numel() == 0:
+        return words[:0]
     begin, end = int(kept[0]), int(kept[-1]) + 1
     if torch.equal(kept, torch.arange(begin, end)):
         return slice_factor(words, counts, n, begin, end)

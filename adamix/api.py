@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
     _check_arguments(slots, capacity_bytes, max_rank, verify)
     if any(SITE in module.__dict__ for module in model.modules()):
         raise BankError("the model has a bank already: detach it first")
-    fingerprint = _fingerprint(model, base, verify)
+    check = base_check(base or getattr(model, "name_or_path", ""), verify)
     plan = find_sites(model)
     if not plan.matrices:
         raise BankError(f"{type(model).__name__} has no linear layer: deltas have no place in it")
@@ -89,7 +89,7 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
             uninstall(installed.pop())
 
     bank = DeltaBank(places, routing, memory, slots=slots, host_bytes=host_bytes, read=read_delta,
-                     check=partial(_check_base, fingerprint, verify), detach=detach)
+                     check=check, detach=detach)
     try:
         for name, delta in (deltas or {}).items():
             folder = None if isinstance(delta, ModelDelta) else Path(delta)
@@ -110,28 +110,32 @@ def _check_arguments(slots: int | None, capacity_bytes: int | None, max_rank: in
         raise ValueError(f"verify must be one of {list(VERIFY)}, got {verify!r}")
 
 
-def _fingerprint(model: nn.Module, base: str | Path | None, verify: str | None
-                 ) -> Callable[[], str]:
-    """The fingerprint of the checkpoint that the model came from, computed when first asked for."""
-    source = base or getattr(model, "name_or_path", "")
+def base_check(source: str | Path, verify: str | None) -> Callable[[ModelDelta, str], None]:
+    """A function that raises FingerprintError for a delta of another base than `source`.
+
+    Args:
+        source: the checkpoint that the model was loaded from; read when first needed.
+        verify: "sampled", "full" or None, as for `attach`.
+
+    Raises:
+        BankError: `source` cannot be read.
+    """
     if verify is None:
-        return lambda: ""
+        return lambda delta, name: None
     try:
         checkpoint = Checkpoint(source)
     except CheckpointError as error:
         raise BankError(f"what the model was loaded from cannot be read, so no delta can be "
                         f"compared with it ({error}): pass base=FOLDER, or verify=None") from error
-    return cache(lambda: fingerprint_of(checkpoint, full=verify == "full")[VERIFY[verify]])
+    fingerprint = cache(lambda: fingerprint_of(checkpoint, full=verify == "full")[VERIFY[verify]])
 
+    def check(delta: ModelDelta, name: str) -> None:
+        ours, theirs = fingerprint(), delta.manifest.fingerprint[VERIFY[verify]]
+        if ours != theirs:
+            raise FingerprintError(f"{name} was made from another base: its tensors hash to "
+                                   f"{theirs[:16]}…, this model's to {ours[:16]}…")
 
-def _check_base(fingerprint: Callable[[], str], verify: str | None, delta: ModelDelta, name: str
-                ) -> None:
-    if verify is None:
-        return
-    ours, theirs = fingerprint(), delta.manifest.fingerprint[VERIFY[verify]]
-    if ours != theirs:
-        raise FingerprintError(f"{name} was made from another base: its tensors hash to "
-                               f"{theirs[:16]}…, this model's to {ours[:16]}…")
+    return check
 
 
 def _sizes(places: Places, slots: int | None, capacity_bytes: int | None,
@@ -155,7 +159,7 @@ def _places(plan: Plan, max_rank: int | None, deltas: Iterable[ModelDelta]) -> P
             ranks[name] = max(ranks.get(name, 0), packed.rank)
     matrices = {
         matrix.name: MatrixPlace(i, matrix.shape,
-                                 _max_rank(matrix.shape, max_rank, ranks.get(matrix.name, 0)))
+                                 most_components(matrix.shape, max_rank, ranks.get(matrix.name, 0)))
         for i, matrix in enumerate(plan.matrices)}
     values: dict[str, ValuesPlace] = {}
     columns: dict[torch.dtype, int] = {}
@@ -183,7 +187,8 @@ def _bias_names(plan: Plan) -> dict[nn.Module, str]:
             for matrix in plan.matrices for module in matrix.modules}
 
 
-def _max_rank(shape: tuple[int, int], limit: int | None, known: int) -> int:
+def most_components(shape: tuple[int, int], limit: int | None, known: int = 0) -> int:
+    """`limit`, or as many as 1 bit a weight pays for at 2 bits, or `known` if that is more."""
     out, n = shape
     default = max(out * n // ((out + n) * LEAST_BITS + 32), known, 1)
     return min(limit if limit is not None else default, out, n)

@@ -97,7 +97,9 @@ def imported(path):
                     if name.startswith("adamix.") and name.count("."))
 
 
-STAGE_FILES = [path for path in PYTHON if path.parent.parent == ROOT / "adamix"]
+COMPOSERS = {"engines"}  # folders that may import stages, as the files above them may
+STAGE_FILES = [path for path in PYTHON if path.parent.parent == ROOT / "adamix"
+               and path.parent.name not in COMPOSERS]
 
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=names(STAGE_FILES))

@@ -114,7 +114,7 @@ def _refuse_unroutable(name: str, delta: ModelDelta, places: Places) -> None:
         _check_shape(name, matrix, packed.shape, place.shape if place else None)
         if place and packed.rank > place.max_rank:
             raise BankError(f"{name} has {packed.rank} components in {matrix}, the bank takes at "
-                            f"most {place.max_rank} there: attach with a larger max_rank")
+                            f"most {place.max_rank} there: give a larger max_rank")
     for parameter, tensor in delta.whole.items():
         known = places.values.get(parameter)
         if known is None and tensor.dim() == 1 and parameter not in places.matrices:

@@ -21,6 +21,10 @@ class BudgetError(AdamixError):
     """A size that cannot be reached: it does not pay for a component, or for the exact tensors."""
 
 
+class SolverError(AdamixError):
+    """A solver of the integer program that is not installed, or that python-mip cannot load."""
+
+
 class CalibrationError(AdamixError):
     """A calibration source that gives no usable tokens."""
 

@@ -10,6 +10,7 @@ import torch
 from reference import least_plan_error, plan_error_bounds
 
 from adamix.compression.allocate import GAP, allocate
+from adamix.errors import SolverError
 
 SOLVERS = ["highs", "cbc"]
 # The solver may stop within GAP of the optimum; sums of up to 1000 fp64 errors add nothing to it.
@@ -189,6 +190,16 @@ def test_errors_of_zero_and_no_components_take_the_cheapest_choice():
 def test_a_budget_below_the_cheapest_plan_is_an_error_that_names_both(solver):
     with pytest.raises(ValueError, match="12 bits at least, and the budget is 11"):
         allocate(torch.ones(3, 2), [8, 4], 11, solver=solver)
+
+
+def test_a_solver_that_cannot_be_loaded_is_an_error_that_says_what_is_needed(monkeypatch):
+    def missing(*args, **keys):
+        raise FileNotFoundError("HiGHS not found.")
+
+    monkeypatch.setattr("mip.Model", missing)
+    errors = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.1, 4.0]])
+    with pytest.raises(SolverError, match="the solver highs .*highspy below 1.16.*HiGHS not found"):
+        allocate(errors, [8, 5, 0], 13)
 
 
 def test_control_c_still_works_after_cbc_ran_in_many_threads():

@@ -11,6 +11,8 @@ import mip
 import torch
 from torch import Tensor
 
+from adamix.errors import SolverError, reason
+
 # The solvers' tolerances are absolute. Errors of 1e-7, as real layers have them, would pass as
 # zero and an empty plan as optimal; with the total brought here both solvers resolve 1e-10 of it.
 OBJECTIVE_TOTAL = 1e4
@@ -128,7 +130,11 @@ def _solve(errors: list[list[float]], is_open: list[list[bool]],
            ) -> Tensor:
     """The integer program over the open choices."""
     rank, choices = len(errors), len(errors[0])
-    model = mip.Model(solver_name=mip.HIGHS if solver == "highs" else mip.CBC)
+    try:
+        model = mip.Model(solver_name=mip.HIGHS if solver == "highs" else mip.CBC)
+    except (FileNotFoundError, NotImplementedError) as error:
+        raise SolverError(f"python-mip cannot load the solver {solver} (highs needs highspy below "
+                          f"1.16): {reason(error)}") from error
     model.verbose, model.threads, model.max_mip_gap, model.seed = 0, 1, GAP, 0
     S = [{k: model.add_var(var_type=mip.BINARY, obj=row[k]) for k in range(choices) if allowed[k]}
          for row, allowed in zip(errors, is_open, strict=True)]

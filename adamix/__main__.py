@@ -6,20 +6,15 @@ import errno
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from adamix import display
+from adamix import display, reports
 from adamix.config import Config
 from adamix.errors import AdamixError
 from adamix.version import __version__
-
-if TYPE_CHECKING:
-    from adamix.evaluation import Evaluation
-    from adamix.inspection import Inspection
-    from adamix.pipeline import Summary
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
@@ -130,6 +125,8 @@ def compress(
     embeddings: Annotated[bool | None, typer.Option(
         "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")
     ] = None,
+    restart: Annotated[bool, typer.Option(
+        "--restart", help="Throw away what an interrupted run has left, and begin anew.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress FINETUNED's difference from BASE into a delta folder."""
@@ -147,13 +144,13 @@ def compress(
     _quiet()
     from adamix.pipeline import compress as run
 
-    with display.shown_progress() as progress:
+    with reports.kept_work(out), display.shown_progress() as progress:
         summary = run(base, finetuned, out, config, calibration=calibration, threads=threads,
-                      progress=progress)
+                      restart=restart, progress=progress)
     if as_json:
-        display.show_json(_summary_json(summary))
+        display.show_json(reports.summary_json(summary))
     else:
-        _show_summary(summary)
+        reports.show_summary(summary)
 
 
 @app.command()
@@ -180,7 +177,7 @@ def inspect(
     if as_json:
         display.show_json(found.to_dict() | {"plots": [str(path) for path in drawn]})
         return
-    _show_inspection(found)
+    reports.show_inspection(found)
     for path in drawn:
         print(f"wrote {path}")
 
@@ -210,7 +207,7 @@ def evaluate(
     if as_json:
         display.show_json(found.to_dict())
     else:
-        _show_evaluation(found)
+        reports.show_evaluation(found)
 
 
 @app.command()
@@ -295,104 +292,6 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"--widths must be numbers like 8,4,3,2, got {text!r}") from None
-
-
-def _summary_json(summary: Summary) -> dict[str, object]:
-    worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
-    return {"out": str(summary.out), "bytes": summary.bytes, "bytes_16bit": summary.bytes_16bit,
-            "ratio": summary.ratio, "kept_whole": summary.whole,
-            "bytes_beside": summary.bytes_beside,
-            "matrices": len(summary.rows), "mean_error": summary.relative_error,
-            "worst_error": worst.relative_error if worst else None,
-            "worst_matrix": worst.name if worst else None, "seconds": summary.seconds,
-            "peak_bytes": summary.peak_bytes}
-
-
-def _show_summary(summary: Summary) -> None:
-    size = display.bytes_text
-    worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
-    errors = "no matrix differs"
-    if worst is not None:
-        errors = (f"mean {display.percent_text(summary.relative_error)}, worst "
-                  f"{display.percent_text(worst.relative_error)} ({worst.name})")
-    stages = ", ".join(f"{stage} {display.seconds_text(spent)}"
-                       for stage, spent in summary.seconds.items())
-    display.show_facts([
-        ("wrote", str(summary.out)),
-        ("size", f"{size(summary.bytes)}, everything counted: 1/{summary.ratio:.2f} of the "
-                 f"{size(summary.bytes_16bit)} that differ"),
-        *_kept_whole(summary.whole),
-        ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
-        ("output error", errors),
-        ("time", stages),
-        ("peak memory", size(summary.peak_bytes))])
-
-
-def _kept_whole(whole: dict[str, int]) -> list[tuple[str, str]]:
-    """A line on matrices that were not compressed, where there are any."""
-    if not whole:
-        return []
-    largest = max(whole, key=whole.__getitem__)
-    total = display.bytes_text(sum(whole.values()))
-    return [("kept whole", f"{len(whole)} tensors, {total}, the largest {largest}")]
-
-
-def _show_inspection(found: Inspection) -> None:
-    size, percent = display.bytes_text, display.percent_text
-    calibration = ", ".join(f"{key} {value}" for key, value in found.calibration.items()
-                            if key != "sha256")
-    display.show_facts([
-        ("delta", f"{found.path}: {size(found.bytes)}, 1/{found.ratio:.2f} of the "
-                  f"{size(found.bytes_16bit)} that differ"),
-        ("base", found.base), ("fine-tune", f"{found.finetuned} ({found.dtype})"),
-        ("config", ", ".join(f"{key} {_brief(value)}" for key, value in found.config.items()
-                             if value is not None)),
-        ("calibration", calibration)])
-    names = [row.kind.removesuffix(".weight").removeprefix("model.") for row in found.kinds]
-    rows = [[name, str(row.tensors), f"{row.shape[0]}×{row.shape[1]}", f"{row.mean_rank:.0f}",
-             size(row.bytes), f"{row.bits_per_weight:.3f}", percent(row.mean_error),
-             percent(row.worst_error)] for name, row in zip(names, found.kinds, strict=True)]
-    rows.append(["all", str(sum(row.tensors for row in found.kinds)), "", "",
-                 size(found.bytes_matrices), f"{found.bits_per_weight:.3f}",
-                 percent(found.mean_error), percent(found.worst_error)])
-    display.show_table(["compressed", "tensors", "shape", "rank", "bytes", "bits/weight", "error",
-                        "worst"], rows, last_is_total=True)
-    widths = sorted({bits for row in found.kinds for bits in row.widths}, reverse=True)
-    display.show_table(["components at", *(f"{bits} bit" for bits in widths)],
-                       [[name, *(str(row.widths.get(bits, 0)) for bits in widths)]
-                        for name, row in zip(names, found.kinds, strict=True)])
-    display.show_facts([
-        ("whole", f"{len(found.whole)} tensors, {size(found.bytes_whole)}"),
-        ("extra rows", f"{sum(found.extra_rows.values())} in {len(found.extra_rows)} tensors, "
-                       f"{size(found.bytes_extra_rows)}"),
-        ("as in the base", f"{len(found.equal)} tensors"),
-        ("tied", f"{len(found.tied)} tensors"),
-        ("headers, config", size(found.bytes_overhead)),
-        ("total", f"{size(found.bytes)} ({found.bytes} bytes)"),
-        ("beside it", f"{size(found.bytes_beside)} of logs and copies")])
-
-
-def _brief(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _show_evaluation(found: Evaluation) -> None:
-    models = (found.base, found.finetuned, found.compressed)
-    number = display.number_text
-
-    def row(title: str, field: str, show: object = number) -> list[str]:
-        return [title, *("-" if scores is None else show(getattr(scores, field))  # type: ignore
-                         for scores in models)]
-
-    rows = []
-    if found.text_tokens:
-        rows += [row(f"perplexity ({found.text_tokens} tokens)", "perplexity"),
-                 row("KL from the fine-tune, text (nats a token)", "kl_text")]
-    if found.prompts:
-        rows += [row("KL from the fine-tune, prompts (nats a token)", "kl_prompts"),
-                 row(f"exact answers ({found.prompts} prompts)", "accuracy", display.percent_text)]
-    rows.append(row("time", "seconds", display.seconds_text))
-    display.show_table(["", "base", "fine-tune", "base + delta"], rows)
 
 
 if __name__ == "__main__":

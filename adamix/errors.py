@@ -37,6 +37,10 @@ class BankError(AdamixError):
     """A bank that does not know a fine-tune, cannot hold it, or cannot route it."""
 
 
+class ResumeError(AdamixError):
+    """Unfinished work beside the output that is another run's, or in another process's hands."""
+
+
 class OutputError(AdamixError):
     """An output folder that exists, or cannot be written."""
 

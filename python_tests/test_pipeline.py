@@ -23,7 +23,7 @@ from tiny_models import (
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
-from adamix import pipeline
+from adamix import matrices
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.config import Config
 from adamix.naming import read_indices
@@ -126,16 +126,16 @@ def test_the_logs_errors_are_those_of_the_outputs(variant):
 
 def test_compress_matrix_is_what_the_pipeline_does_to_one_matrix(tmp_path, monkeypatch):
     pair, grams = compressed_pair(), {}
-    accumulate = pipeline.accumulate
+    accumulate = matrices.accumulate
 
     def spy(*arguments, **named):
         found = accumulate(*arguments, **named)
         grams.update({name: gram.clone() for name, gram in found.items()})
         return found
 
-    monkeypatch.setattr(pipeline, "accumulate", spy)
+    monkeypatch.setattr(matrices, "accumulate", spy)
     compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)
-    matrices = read_delta(tmp_path / "d").matrices
+    packed = read_delta(tmp_path / "d").matrices
     old, new = checkpoint_tensors(pair.base), checkpoint_tensors(pair.finetuned)
     leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj",
@@ -143,18 +143,18 @@ def test_compress_matrix_is_what_the_pipeline_does_to_one_matrix(tmp_path, monke
         name, (*path, last) = f"{module}.weight", module.split(".")
         gram = grams[".".join([*path, leader.get(last, last)])]
         alone = compress_matrix(new[name].float() - old[name].float(), gram, CONFIG)
-        assert alone.counts == matrices[name].counts and alone.shape == matrices[name].shape
-        assert torch.equal(alone.words, matrices[name].words), name
-        assert torch.equal(alone.scales, matrices[name].scales), name
+        assert alone.counts == packed[name].counts and alone.shape == packed[name].shape
+        assert torch.equal(alone.words, packed[name].words), name
+        assert torch.equal(alone.scales, packed[name].scales), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_restored_weights_are_near_the_fine_tunes(variant):
     pair = compressed_pair(variant)
     old, new = checkpoint_tensors(pair.base), checkpoint_tensors(pair.finetuned)
-    weights, matrices = restored(pair), read_delta(pair.delta).matrices
+    weights, packed = restored(pair), read_delta(pair.delta).matrices
     for name, weight in weights.items():
-        if name in matrices:
+        if name in packed:
             delta = new[name].double()[: len(old[name])] - old[name].double()
             lost = new[name].double() - weight
             assert lost.norm() < 0.3 * delta.norm() and lost.norm() > 0, name
@@ -263,8 +263,8 @@ def test_the_summary_says_what_is_on_disk(tmp_path):
     assert {"read", "calibration tokens", "calibration", "compression"} <= summary.seconds.keys()
 
 
-def test_an_interrupt_ends_at_the_next_matrix_and_leaves_nothing(tmp_path, monkeypatch):
-    pair, begun, quantize = compressed_pair(), [], pipeline.quantize_matrix
+def test_an_interrupt_ends_at_the_next_matrix_and_leaves_the_work_so_far(tmp_path, monkeypatch):
+    pair, begun, quantize = compressed_pair(), [], matrices.quantize_matrix
 
     def interrupted(*arguments, **named):
         begun.append(1)
@@ -273,10 +273,11 @@ def test_an_interrupt_ends_at_the_next_matrix_and_leaves_nothing(tmp_path, monke
             time.sleep(0.2)  # so that the main thread has its turn
         return quantize(*arguments, **named)
 
-    monkeypatch.setattr(pipeline, "quantize_matrix", interrupted)
+    monkeypatch.setattr(matrices, "quantize_matrix", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)
-    assert len(begun) <= 3 and not list(tmp_path.iterdir())  # 3: those on the input in hand, of 16
+    assert len(begun) <= 3  # those on the input in hand, of 16
+    assert [path.name for path in tmp_path.iterdir()] == [".d.partial"]
 
 
 @pytest.mark.skipif(not (EXAMPLES / "finetuned" / "model.safetensors").exists(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adamix.artifacts import Hessian, WeightPair
+from adamix.calibration.blocks import BlockStream, Unsuited
 from adamix.calibration.gram import MAX_GRAM_BYTES, accumulate, passes, shared_inputs
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
@@ -22,12 +23,13 @@ from adamix.errors import AdamixError, NonFiniteError
 from adamix.progress import Progress, timed
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint
-from adamix.source.models import load_model
+from adamix.source.models import load_model, skeleton
 from adamix.source.targets import Survey, Target, Treatment, read_pair
 from adamix.storage.log import MatrixRow, Spectrum
 from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, WorkFolder
 
+TITLE = "calibrating and compressing"
 FREQUENCY_FLOOR = 0.01  # of the mean token frequency: what the row of an unseen token weighs
 
 
@@ -50,64 +52,75 @@ class MatrixRun:
                  ) -> dict[str, CompressedMatrix]:
         """Every compressed matrix by name, sorted.
 
+        A block's matrices are compressed while the next blocks are calibrated.
+
         Args:
             tokens: int64 `[sequences, length]`.
             finished: what an earlier run has done.
         """
         done = dict(finished)
         frequency = token_frequency(tokens, self.architecture.vocabulary)
-        if self._open_targets(done):
-            self._calibrated(load_model(self.sources[1].folder), tokens, frequency, done)
-        # An embedding, whose inputs are one-hot, and modules that the model never calls.
-        rest = [(None, [target]) for target in self._open_targets(done)]
-        if rest:
-            self._compress(rest, frequency, done)
+        targets = {target.name: target for target in self.found.of(
+            Treatment.LINEAR, Treatment.EMBEDDING) if target.name not in done}
+        users = self._users(targets)
+        jobs = _Jobs(self.executor, done)
+
+        def submit(gram: Tensor | None, names: list[str]) -> None:
+            group = [targets.pop(name) for name in names]
+            jobs.submit(self._compress_group, gram, group, frequency)
+
+        self.progress.stage(TITLE, len(targets))
+        for name in targets.keys() - {name for names in users.values() for name in names}:
+            submit(None, [name])  # an embedding, whose inputs are one-hot
+        grams = self._grams(tokens, set(users)) if users else iter(())
+        with timed(self.seconds, "calibration and compression"):
+            for modules, gram in grams:
+                submit(gram, [name for module in modules for name in users[module]])
+                del gram
+                jobs.wait(MAX_GRAM_BYTES // 2)
+            for name in list(targets):  # of modules that the model never calls
+                submit(None, [name])
+            jobs.wait(-1)
         return {name: done[name] for name in sorted(done)}
 
-    def _open_targets(self, done: dict[str, CompressedMatrix]) -> list[Target]:
-        """The matrices that are not finished."""
-        return [target for target in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
-                if target.name not in done]
+    def _users(self, targets: dict[str, Target]) -> dict[str, list[str]]:
+        """{linear layer: the targets that its inputs calibrate}: its weight, and the embedding
+        where that is the head's weight too."""
+        users = {_module(name): [name] for name, target in targets.items()
+                 if target.treatment is Treatment.LINEAR}
+        if self.architecture.tied and self.architecture.embedding in targets:
+            users[_module(self.architecture.head or "")] = [self.architecture.embedding]
+        return users
 
-    def _calibrated(self, model: nn.Module, tokens: Tensor, frequency: Tensor,
-                    done: dict[str, CompressedMatrix]) -> None:
-        """Compress the matrices that the whole model's forward pass reaches."""
-        linears = self._linears(model)
-        targets = {leader: self._targets_of(modules, done)
-                   for leader, modules in shared_inputs(model, tokens, linears).items()}
-        widths = {leader: linears[leader].in_features for leader in targets if targets[leader]}
-        for run in passes(widths, MAX_GRAM_BYTES // (self.threads + 1)):
-            with timed(self.seconds, "calibration"):
-                self.progress.stage("calibrating", len(tokens))
-                grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
-                                   executor=self.executor, ahead=self.threads,
-                                   on_chunk=self.progress.advance)
-            self._compress([(grams[leader], targets[leader]) for leader in run], frequency, done)
+    def _grams(self, tokens: Tensor, wanted: set[str]) -> Iterator[tuple[list[str], Tensor]]:
+        """Modules that share an input, with their Gram matrix: block by block where the model's
+        code allows that, else with the whole model in memory."""
+        folder, finetuned = self.sources[1].folder, self.sources[1]
+        shapes = {name: shape for name, (shape, _) in finetuned.headers.items()}
+        try:
+            stream = BlockStream(skeleton(folder), tokens, wanted, shapes, finetuned.read)
+        except Unsuited as why:
+            self.progress.stage(f"{TITLE}, with the whole model in memory ({why})", len(wanted))
+            yield from self._whole_grams(load_model(folder), tokens, wanted)
+            return
+        groups = stream.groups
+        for grams in stream.grams(groups, executor=self.executor, threads=self.threads,
+                                  max_bytes=MAX_GRAM_BYTES // 2):
+            while grams:
+                leader, gram = grams.popitem()
+                yield groups[leader], gram
 
-    def _linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The modules whose inputs are needed, by name."""
-        wanted = {_module(target.name) for target in self.found.of(Treatment.LINEAR)}
-        if self.architecture.tied and self.found.of(Treatment.EMBEDDING):
-            wanted.add(_module(self.architecture.head or ""))
-        return {name: module for name, module in model.named_modules() if name in wanted}
-
-    def _targets_of(self, modules: list[str], done: dict[str, CompressedMatrix]) -> list[Target]:
-        """What is still to be compressed of the modules that share an input."""
-        names = {f"{module}.weight" for module in modules}
-        if self.architecture.tied and self.architecture.head in names:
-            names.add(self.architecture.embedding or "")
-        return [target for target in self._open_targets(done) if target.name in names]
-
-    def _compress(self, jobs: list[tuple[Tensor | None, list[Target]]], frequency: Tensor,
-                  done: dict[str, CompressedMatrix]) -> None:
-        with timed(self.seconds, "compression"):
-            self.progress.stage("compressing", sum(len(targets) for _, targets in jobs))
-            # The largest first, so that none of them is left alone at the end.
-            jobs = sorted(jobs, key=lambda job: -max(self.budget_bits[t.name] for t in job[1]))
-            futures = [self.executor.submit(self._compress_group, gram, targets, frequency)
-                       for gram, targets in jobs]
-            for future in as_completed(futures):
-                done.update(future.result())
+    def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: set[str]
+                     ) -> Iterator[tuple[list[str], Tensor]]:
+        linears = {name: module for name, module in model.named_modules() if name in wanted}
+        groups = shared_inputs(model, tokens, linears)
+        widths = {leader: linears[leader].in_features for leader in groups}
+        for run in passes(widths, MAX_GRAM_BYTES // 2 // (self.threads + 1)):
+            grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
+                               executor=self.executor, ahead=self.threads)
+            while grams:
+                leader, gram = grams.popitem()
+                yield groups[leader], gram
 
     def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
                         ) -> dict[str, CompressedMatrix]:
@@ -141,6 +154,31 @@ class MatrixRun:
         row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
         spectrum = Spectrum(result.singular_values, result.errors, result.widths)
         return CompressedMatrix(packed, row, spectrum)
+
+
+class _Jobs:
+    """Groups of matrices that are being compressed, and the bytes of their Gram matrices."""
+
+    def __init__(self, executor: Executor, done: dict[str, CompressedMatrix]) -> None:
+        self._executor, self._done = executor, done
+        self._running: dict[Future[dict[str, CompressedMatrix]], int] = {}
+
+    def submit(self, compress: Callable[..., dict[str, CompressedMatrix]], gram: Tensor | None,
+               group: list[Target], frequency: Tensor) -> None:
+        future = self._executor.submit(compress, gram, group, frequency)
+        self._running[future] = 0 if gram is None else gram.nbytes
+
+    def wait(self, max_bytes: int) -> None:
+        """Until no more than so many bytes wait; -1: until nothing does. Raises their errors."""
+        while self._running:
+            ended = [future for future in self._running if future.done()]
+            for future in ended:
+                del self._running[future]
+                self._done.update(future.result())
+            if sum(self._running.values()) <= max_bytes:
+                return
+            if not ended:
+                wait(self._running, return_when=FIRST_COMPLETED)
 
 
 @contextmanager

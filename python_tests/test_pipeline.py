@@ -24,10 +24,12 @@ from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
 from adamix import matrices
+from adamix.calibration.blocks import Unsuited
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.config import Config
 from adamix.naming import read_indices
 from adamix.pipeline import compress, compress_matrix
+from adamix.progress import Silent
 from adamix.storage.file import delta_bytes, read_delta, read_manifest
 from adamix.storage.log import read_log
 
@@ -87,6 +89,22 @@ def test_another_seed_calibrates_with_other_text(tmp_path):
     assert found["sha256"] != other["sha256"]
 
 
+@pytest.mark.parametrize("variant", ["plain", "tied"])
+def test_a_model_whose_blocks_do_not_run_alone_gives_the_same_bytes(tmp_path, monkeypatch, variant):
+    def unsuited(*arguments):
+        raise Unsuited("its blocks share weights")
+
+    class Titles(Silent):
+        def stage(self, title, total):
+            titles.append(title)
+
+    pair, titles = compressed_pair(variant), []
+    monkeypatch.setattr(matrices, "BlockStream", unsuited)
+    compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=2, progress=Titles())
+    assert_same_files(tmp_path / "d", pair.delta)
+    assert any("whole model in memory (its blocks share weights)" in title for title in titles)
+
+
 # --- numbers -----------------------------------------------------------------------------------
 
 
@@ -125,24 +143,21 @@ def test_the_logs_errors_are_those_of_the_outputs(variant):
 
 
 def test_compress_matrix_is_what_the_pipeline_does_to_one_matrix(tmp_path, monkeypatch):
-    pair, grams = compressed_pair(), {}
-    accumulate = matrices.accumulate
+    pair, grams, calibrated = compressed_pair(), {}, matrices.MatrixRun._grams
 
-    def spy(*arguments, **named):
-        found = accumulate(*arguments, **named)
-        grams.update({name: gram.clone() for name, gram in found.items()})
-        return found
+    def spy(*arguments):
+        for modules, gram in calibrated(*arguments):
+            grams.update(dict.fromkeys(modules, gram.clone()))
+            yield modules, gram
 
-    monkeypatch.setattr(matrices, "accumulate", spy)
+    monkeypatch.setattr(matrices.MatrixRun, "_grams", spy)
     compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)
     packed = read_delta(tmp_path / "d").matrices
     old, new = checkpoint_tensors(pair.base), checkpoint_tensors(pair.finetuned)
-    leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj",
                    "model.layers.1.mlp.down_proj", "lm_head"):
-        name, (*path, last) = f"{module}.weight", module.split(".")
-        gram = grams[".".join([*path, leader.get(last, last)])]
-        alone = compress_matrix(new[name].float() - old[name].float(), gram, CONFIG)
+        name = f"{module}.weight"
+        alone = compress_matrix(new[name].float() - old[name].float(), grams[module], CONFIG)
         assert alone.counts == packed[name].counts and alone.shape == packed[name].shape
         assert torch.equal(alone.words, packed[name].words), name
         assert torch.equal(alone.scales, packed[name].scales), name
@@ -260,7 +275,7 @@ def test_the_summary_says_what_is_on_disk(tmp_path):
     errors = [row.relative_error for row in summary.rows]
     assert summary.relative_error == pytest.approx(sum(errors) / len(errors), rel=1e-12)
     assert summary.peak_bytes > 10**7
-    assert {"read", "calibration tokens", "calibration", "compression"} <= summary.seconds.keys()
+    assert {"read", "calibration tokens", "calibration and compression"} <= summary.seconds.keys()
 
 
 def test_an_interrupt_ends_at_the_next_matrix_and_leaves_the_work_so_far(tmp_path, monkeypatch):

@@ -21,6 +21,10 @@ class BudgetError(AdamixError):
     """A size that cannot be reached: it does not pay for a component, or for the exact tensors."""
 
 
+class MemoryLimitError(AdamixError):
+    """A bound on memory that not even one matrix at a time keeps."""
+
+
 class CalibrationError(AdamixError):
     """A calibration source that gives no usable tokens."""
 

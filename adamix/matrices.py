@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from adamix.artifacts import Hessian, WeightPair
 from adamix.calibration.blocks import BlockStream, Unsuited
-from adamix.calibration.gram import MAX_GRAM_BYTES, accumulate, passes, shared_inputs
+from adamix.calibration.gram import accumulate, passes, shared_inputs
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
 from adamix.errors import AdamixError, NonFiniteError
+from adamix.memory import MemoryPlan, matrix_bytes, plan_memory, resident_bytes, sizes
 from adamix.progress import Progress, timed
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint
@@ -45,6 +46,7 @@ class MatrixRun:
     work: WorkFolder
     executor: Executor
     threads: int
+    max_memory: int | None
     progress: Progress
     seconds: dict[str, float]
 
@@ -63,24 +65,25 @@ class MatrixRun:
         targets = {target.name: target for target in self.found.of(
             Treatment.LINEAR, Treatment.EMBEDDING) if target.name not in done}
         users = self._users(targets)
-        jobs = _Jobs(self.executor, done)
+        plan = self._plan(tokens, users, targets.values(), whole=False)
+        jobs = _Jobs(self.executor, done, plan)
 
         def submit(gram: Tensor | None, names: list[str]) -> None:
             group = [targets.pop(name) for name in names]
-            jobs.submit(self._compress_group, gram, group, frequency)
+            size = max(map(self._job_bytes, group))
+            jobs.submit(size, self._compress_group, gram, group, frequency)
 
         self.progress.stage(TITLE, len(targets))
-        for name in targets.keys() - {name for names in users.values() for name in names}:
-            submit(None, [name])  # an embedding, whose inputs are one-hot
-        grams = self._grams(tokens, set(users)) if users else iter(())
         with timed(self.seconds, "calibration and compression"):
-            for modules, gram in grams:
+            for name in sorted(targets.keys() - {n for names in users.values() for n in names}):
+                submit(None, [name])  # an embedding, whose inputs are one-hot
+            for modules, gram in self._grams(tokens, users, plan, jobs) if users else ():
                 submit(gram, [name for module in modules for name in users[module]])
                 del gram
-                jobs.wait(MAX_GRAM_BYTES // 2)
+                jobs.make_room()
             for name in list(targets):  # of modules that the model never calls
                 submit(None, [name])
-            jobs.wait(-1)
+            jobs.finish()
         return {name: done[name] for name in sorted(done)}
 
     def _users(self, targets: dict[str, Target]) -> dict[str, list[str]]:
@@ -92,35 +95,59 @@ class MatrixRun:
             users[_module(self.architecture.head or "")] = [self.architecture.embedding]
         return users
 
-    def _grams(self, tokens: Tensor, wanted: set[str]) -> Iterator[tuple[list[str], Tensor]]:
+    def _job_bytes(self, target: Target) -> int:
+        return matrix_bytes(target.shape, self.budget_bits[target.name], self.config)
+
+    def _plan(self, tokens: Tensor, users: dict[str, list[str]], targets: Collection[Target], *,
+              whole: bool) -> MemoryPlan:
+        """How to keep to `max_memory` from here on."""
+        if self.max_memory is None:
+            return MemoryPlan.unbounded(self.threads)
+        shapes = {name: shape for name, (shape, _) in self.sources[1].headers.items()}
+        found = sizes(shapes, [name for names in users.values() for name in names],
+                      self.architecture.hidden, tuple(tokens.shape), whole=whole)
+        results = sum(self.budget_bits.values()) // 8
+        exact = sum(target.numel * target.dtype.itemsize for target in
+                    self.found.of(Treatment.WHOLE))
+        # A matrix is held with its spectrum; written, all are held twice more.
+        return plan_memory(self.max_memory, resident_bytes() + 2 * results, found,
+                           max(map(self._job_bytes, targets), default=0), 2 * results + 3 * exact,
+                           self.threads)
+
+    def _grams(self, tokens: Tensor, users: dict[str, list[str]], plan: MemoryPlan, jobs: _Jobs
+               ) -> Iterator[tuple[list[str], Tensor]]:
         """Modules that share an input, with their Gram matrix: block by block where the model's
         code allows that, else with the whole model in memory."""
-        folder, finetuned = self.sources[1].folder, self.sources[1]
+        finetuned = self.sources[1]
         shapes = {name: shape for name, (shape, _) in finetuned.headers.items()}
+        jobs.make_room()
         try:
-            stream = BlockStream(skeleton(folder), tokens, wanted, shapes, finetuned.read)
+            with self.work.scratch() as states:
+                stream = BlockStream(skeleton(finetuned.folder), tokens, users.keys(), shapes,
+                                     finetuned.read, states if plan.states_on_disk else None)
+                groups = stream.groups
+                yield from _by_group(groups, stream.grams(
+                    groups, executor=self.executor, threads=plan.threads, max_bytes=plan.grams))
         except Unsuited as why:
-            self.progress.stage(f"{TITLE}, with the whole model in memory ({why})", len(wanted))
-            yield from self._whole_grams(load_model(folder), tokens, wanted)
-            return
-        groups = stream.groups
-        for grams in stream.grams(groups, executor=self.executor, threads=self.threads,
-                                  max_bytes=MAX_GRAM_BYTES // 2):
-            while grams:
-                leader, gram = grams.popitem()
-                yield groups[leader], gram
+            self.progress.stage(f"{TITLE}, with the whole model in memory ({why})",
+                                sum(map(len, users.values())))
+            jobs.finish()
+            targets = self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
+            jobs.plan = plan = self._plan(tokens, users, targets, whole=True)
+            yield from self._whole_grams(load_model(finetuned.folder), tokens, users.keys(), plan)
 
-    def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: set[str]
-                     ) -> Iterator[tuple[list[str], Tensor]]:
+    def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: Collection[str],
+                     plan: MemoryPlan) -> Iterator[tuple[list[str], Tensor]]:
         linears = {name: module for name, module in model.named_modules() if name in wanted}
         groups = shared_inputs(model, tokens, linears)
         widths = {leader: linears[leader].in_features for leader in groups}
-        for run in passes(widths, MAX_GRAM_BYTES // 2 // (self.threads + 1)):
+        threads = plan.threads
+        for run in passes(widths, plan.grams // (threads + 1)):
+            size = sum(4 * widths[leader] ** 2 for leader in run)
             grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
-                               executor=self.executor, ahead=self.threads)
-            while grams:
-                leader, gram = grams.popitem()
-                yield groups[leader], gram
+                               executor=self.executor,
+                               ahead=max(1, min(threads, plan.grams // size - 1)))
+            yield from _by_group(groups, iter([grams]))
 
     def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
                         ) -> dict[str, CompressedMatrix]:
@@ -156,26 +183,59 @@ class MatrixRun:
         return CompressedMatrix(packed, row, spectrum)
 
 
-class _Jobs:
-    """Groups of matrices that are being compressed, and the bytes of their Gram matrices."""
+def _by_group(groups: dict[str, list[str]], found: Iterator[dict[str, Tensor]]
+              ) -> Iterator[tuple[list[str], Tensor]]:
+    """One Gram matrix at a time, with no other hold on it."""
+    for grams in found:
+        while grams:
+            leader = next(iter(grams))
+            yield groups[leader], grams.pop(leader)
 
-    def __init__(self, executor: Executor, done: dict[str, CompressedMatrix]) -> None:
+
+class _Jobs:
+    """Groups of matrices that are being compressed, and the bytes that they take."""
+
+    def __init__(self, executor: Executor, done: dict[str, CompressedMatrix], plan: MemoryPlan
+                 ) -> None:
+        self.plan = plan
         self._executor, self._done = executor, done
         self._running: dict[Future[dict[str, CompressedMatrix]], int] = {}
 
-    def submit(self, compress: Callable[..., dict[str, CompressedMatrix]], gram: Tensor | None,
-               group: list[Target], frequency: Tensor) -> None:
-        future = self._executor.submit(compress, gram, group, frequency)
-        self._running[future] = 0 if gram is None else gram.nbytes
+    def submit(self, size: int, compress: Callable[..., dict[str, CompressedMatrix]],
+               gram: Tensor | None, group: list[Target], frequency: Tensor) -> None:
+        """Begin a group, which takes `size` bytes, as soon as there is room for it."""
+        waiting = 0 if gram is None else gram.nbytes
+        if self.plan.free is None:
+            size = waiting  # with no bound only what waits counts, so that it does not pile up
+        else:
+            self._wait(self.plan.free - size - waiting)
+        self._running[self._executor.submit(compress, gram, group, frequency)] = size
 
-    def wait(self, max_bytes: int) -> None:
-        """Until no more than so many bytes wait; -1: until nothing does. Raises their errors."""
+    def make_room(self) -> None:
+        """Wait until the next inputs can be taken.
+
+        Without a bound as soon as few enough groups are left that no thread will run out of them:
+        to be further ahead costs memory and brings nothing.
+        """
+        plan = self.plan
+        if plan.free is None:
+            self._wait(plan.grams, 2 * plan.threads)
+        else:
+            self._wait(plan.free - plan.making)
+
+    def finish(self) -> None:
+        """Wait for all."""
+        self._wait(-1)
+
+    def _wait(self, most: int, groups: float = math.inf) -> None:
+        """Until the running groups take no more than so many bytes, and are no more than so many.
+        Raises their errors."""
         while self._running:
             ended = [future for future in self._running if future.done()]
             for future in ended:
                 del self._running[future]
                 self._done.update(future.result())
-            if sum(self._running.values()) <= max_bytes:
+            if sum(self._running.values()) <= most and len(self._running) <= groups:
                 return
             if not ended:
                 wait(self._running, return_when=FIRST_COMPLETED)

@@ -24,12 +24,13 @@ from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
 from adamix.errors import CalibrationError
 from adamix.matrices import MatrixRun
+from adamix.memory import check_survey, sampling_threads
 from adamix.naming import group_by_kind, write_indices
 from adamix.parallel import available_cores, workers
 from adamix.progress import Progress, Silent, timed
 from adamix.source.architecture import describe
 from adamix.source.checkpoints import COPIED, Checkpoint
-from adamix.source.models import find_tokenizer, load_model
+from adamix.source.models import empty_model, find_tokenizer, load_model
 from adamix.source.targets import Survey, Treatment, check_pair, survey
 from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, write_delta
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
@@ -87,7 +88,7 @@ def compress_matrix(delta: Tensor, gram: Tensor, config: Config | None = None) -
 
 def compress(base: str | Path, finetuned: str | Path, out: str | Path,
              config: Config | None = None, *, calibration: str | Path | Sequence[str] | None = None,
-             threads: int | None = None, restart: bool = False,
+             threads: int | None = None, max_memory: int | None = None, restart: bool = False,
              progress: Progress | None = None) -> Summary:
     """Compress the difference between two checkpoints into the folder `out`.
 
@@ -101,6 +102,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         calibration: a text file, `.jsonl`, list of strings or dataset name; default: sequences
             sampled from the fine-tuned model itself.
         threads: matrices compressed side by side; the result does not depend on it.
+        max_memory: bytes that the process may hold at most; the result does not depend on it.
         restart: throw away what an interrupted run has left, and begin anew.
         progress: told about the stages.
 
@@ -114,6 +116,8 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     architecture = describe(sources[1].folder)
     check_pair(*sources, architecture)
     threads = threads or available_cores()
+    if max_memory is not None:
+        check_survey(max_memory, [shape for shape, _ in sources[1].headers.values()])
     with work_folder(out) as work, workers(threads) as executor:
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
@@ -128,10 +132,10 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
-                tokens = _own_tokens(work, sources[1], config, executor, progress)
+                tokens = _own_tokens(work, sources[1], config, threads, max_memory, progress)
         manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, executor, threads,
-                        progress, seconds)
+                        max_memory, progress, seconds)
         matrices = run.matrices(tokens, finished)
         progress.stage("writing", 1)
         with work.result() as folder:
@@ -161,15 +165,21 @@ def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint) -> di
             "config": manifest.config, "calibration": calibration}
 
 
-def _own_tokens(work: WorkFolder, finetuned: Checkpoint, config: Config, executor: Executor,
-                progress: Progress) -> Tensor:
+def _own_tokens(work: WorkFolder, finetuned: Checkpoint, config: Config, threads: int,
+                max_memory: int | None, progress: Progress) -> Tensor:
     """Token ids that the fine-tuned model writes itself, by an earlier run where it got so far.
 
     The model is in memory for as long as this takes, and no longer.
     """
     tokens, sha256 = work.tokens() or (None, "")
     if tokens is None or token_hash(tokens) != sha256:
-        tokens = _sample_tokens(load_model(finetuned.folder), finetuned, config, executor, progress)
+        if max_memory is not None:
+            threads = sampling_threads(
+                max_memory, [shape for shape, _ in finetuned.headers.values()],
+                empty_model(finetuned.folder).config, config.calibration_length, threads)
+        with workers(threads) as executor:
+            tokens = _sample_tokens(load_model(finetuned.folder), finetuned, config, executor,
+                                    progress)
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens
 

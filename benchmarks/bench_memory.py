@@ -27,9 +27,10 @@ DELTA_SHARE = 0.02  # ‖ΔW‖ / ‖W‖
 DELTA_RANK = 64
 
 
-def make_pair(folder: Path, layers: int, vocabulary: int) -> tuple[Path, Path]:
+def make_pair(folder: Path, layers: int, vocabulary: int, every: int) -> tuple[Path, Path]:
     """Write base and fine-tune, or take those that are there."""
-    paths = folder / f"base-{layers}-{vocabulary}", folder / f"finetuned-{layers}-{vocabulary}"
+    label = f"{layers}-{vocabulary}"
+    paths = folder / f"base-{label}", folder / f"finetuned-{label}-{every}"
     if all((path / "config.json").exists() for path in paths):
         return paths
     generator = torch.Generator().manual_seed(0)
@@ -40,8 +41,9 @@ def make_pair(folder: Path, layers: int, vocabulary: int) -> tuple[Path, Path]:
     for path in paths:
         model.to(torch.bfloat16).save_pretrained(path, max_shard_size="200MB")
         _tokenizer(vocabulary).save_pretrained(path)
-        for parameter in model.parameters():
-            parameter.data = parameter.data + _delta(parameter.data, generator)
+        for name, parameter in model.named_parameters():
+            if "layers." not in name or int(name.split(".")[2]) % every == 0:
+                parameter.data = parameter.data + _delta(parameter.data, generator)
     return paths
 
 
@@ -75,6 +77,8 @@ def write_text(folder: Path, tokens: int, vocabulary: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--every", type=int, default=1, metavar="N",
+                        help="fine-tune only every N-th layer: the same memory in less time")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -84,7 +88,7 @@ def main() -> None:
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.models or Path(temporary)
-        base, finetuned = make_pair(folder, args.layers, args.vocabulary)
+        base, finetuned = make_pair(folder, args.layers, args.vocabulary, args.every)
         text = [] if args.self else ["--calibration", write_text(
             Path(temporary), 4 * args.sequences * args.length, args.vocabulary)]
         done = subprocess.run(

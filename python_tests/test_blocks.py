@@ -1,6 +1,7 @@
 """X Xᵀ with one block in memory at a time: bit by bit those of the whole model's forward pass."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +188,49 @@ def test_a_fault_of_the_checkpoint_is_told_as_such(saved):
 
     with pytest.raises(CheckpointError, match="damaged"):
         stream_of(saved("llama"), read=damaged)
+
+
+class OlderBlock(nn.Module):
+    """Gives back a tuple, as blocks of older architectures do."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, mask):
+        return hidden_states + self.up(hidden_states), None
+
+
+class OlderModel(nn.Module):
+    config, device = SimpleNamespace(), torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.layers = nn.ModuleList([OlderBlock() for _ in range(3)])
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, use_cache):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden, weights = layer(hidden_states=hidden, mask=None)
+            assert weights is None
+        return self.lm_head(hidden)
+
+
+def test_blocks_that_give_back_a_tuple_and_take_their_input_by_name_run_too():
+    model = OlderModel().eval()
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    with ThreadPoolExecutor(1) as executor:
+        expected = accumulate(model, TOKENS, linears(model), executor=executor)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stream = BlockStream(OlderModel().eval().to("meta"), TOKENS, set(linears(model)), shapes,
+                         tensors.__getitem__)
+    got = merged(streamed(stream))
+    assert got.keys() == expected.keys() and len(got) == 4
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("output, words", [

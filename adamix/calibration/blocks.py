@@ -11,17 +11,19 @@ stand-ins that hand on the last block's output, runs what follows them. A model 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adamix.calibration.gram import CHUNK, gram_matrices, passes, sharing
+from adamix.calibration.states import OnDisk
 from adamix.errors import AdamixError, reason
 
 HIDDEN = "hidden_states"  # what transformers calls them where they are passed by name
@@ -88,26 +90,30 @@ class BlockStream:
         wanted: names of the linear layers whose inputs are asked for.
         shapes: of the checkpoint's tensors, by name.
         read: one of them, as stored.
+        states: a folder for the hidden states between two blocks; None keeps them in memory.
 
     Raises:
         Unsuited: the model's blocks cannot be run one at a time.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, wanted: Collection[str],
-                 shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+                 shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
+                 states: Path | None = None) -> None:
         self._model, self._shapes, self._read = model, shapes, read
         self._prefix, self._blocks = _find_blocks(model)
         self._names = {module: name for name, module in model.named_modules()}
         self._linears = {name: module for name, module in model.named_modules() if name in wanted}
-        self._is_tuple = [False] * len(self._blocks)
+        # How many None a block gives back behind the hidden states, in a tuple; None: no tuple.
+        self._behind: list[int | None] = [None] * len(self._blocks)
         self._chunks = tokens.split(CHUNK)
-        self._states: list[Tensor] = []  # of each chunk: what enters the block at work
+        # Of each chunk: what enters the block at work.
+        self._states: MutableMapping[int, Tensor] = {} if states is None else OnDisk(states)
         self._calls: list[list[_Call]] = []  # [chunk][block]
         self._groups: list[dict[str, list[str]]] = [{} for _ in self._blocks]
         try:
             with self._filled_when_called():
                 self._enter()
-        except (Unsuited, AdamixError):
+        except (Unsuited, AdamixError, MemoryError):
             raise
         except Exception as error:  # the code of any model runs here, in ways it was not meant to
             raise Unsuited(f"its blocks do not run by themselves: {reason(error)}") from error
@@ -118,11 +124,6 @@ class BlockStream:
         return {leader: modules for group in (*self._groups, self._outside)
                 for leader, modules in group.items()}
 
-    @property
-    def state_bytes(self) -> int:
-        """Of the hidden states between two blocks."""
-        return sum(state.nbytes for state in self._states)
-
     # --- what precedes and follows the blocks ----------------------------------------------------
 
     def _enter(self) -> None:
@@ -132,16 +133,20 @@ class BlockStream:
                    if not name.startswith(f"{self._prefix}.")}
         for number, chunk in enumerate(self._chunks):
             calls: list[_Call] = []
+            entered: list[Tensor] = []
+            known: dict[int, tuple[Tensor, Tensor]] = {}
 
-            def stand_in(index: int, hidden: Tensor, call: _Call, calls: list[_Call] = calls,
-                         number: int = number) -> Tensor:
-                if index != len(calls) or (index and hidden is not self._states[number]):
+            def stand_in(index: int, hidden: Tensor, call: _Call, number: int = number,
+                         calls: list[_Call] = calls, entered: list[Tensor] = entered,
+                         known: dict[int, tuple[Tensor, Tensor]] = known) -> Tensor:
+                if index != len(calls) or (index and hidden is not entered[0]):
                     raise Unsuited("more than hidden states passes between its blocks")
                 if not index:
-                    self._states.append(hidden)
+                    entered.append(hidden)
+                    self._states[number] = hidden
                 if not number:
                     self._probe(index, probes[index], hidden, call)
-                calls.append(self._deduplicated(index, call))
+                calls.append(self._deduplicated(index, call, known))
                 if number and index == len(self._blocks) - 1:
                     raise _Stop
                 return hidden
@@ -154,14 +159,22 @@ class BlockStream:
                 raise Unsuited("not all of its blocks are called")
             self._calls.append(calls)
 
-    def _deduplicated(self, index: int, call: _Call) -> _Call:
-        """The call with the tensors of the first chunk's where they are equal: masks are large."""
-        if not self._calls:
-            return call.map(lambda tensor: tensor)
-        first = _tensors(self._calls[0][index])
-        return call.map(lambda tensor: next(
-            (one for one in first if one.shape == tensor.shape and one.dtype == tensor.dtype
-             and torch.equal(one, tensor)), tensor))
+    def _deduplicated(self, index: int, call: _Call, known: dict[int, tuple[Tensor, Tensor]]
+                      ) -> _Call:
+        """The call with the tensors of the first chunk's where they are equal: masks are large.
+
+        `known` holds what was found for this chunk, {id: (tensor, the one to keep)}.
+        """
+        first = _tensors(self._calls[0][index]) if self._calls else []
+
+        def kept(tensor: Tensor) -> Tensor:
+            if id(tensor) not in known:
+                equal = (one for one in first if one.shape == tensor.shape
+                         and one.dtype == tensor.dtype and torch.equal(one, tensor))
+                known[id(tensor)] = tensor, next(equal, tensor)
+            return known[id(tensor)][1]
+
+        return call.map(kept)
 
     def _probe(self, index: int, probe: nn.Module, hidden: Tensor, call: _Call) -> None:
         """Run a copy of a block on the meta device: what it gives back, and which of its layers
@@ -180,7 +193,7 @@ class BlockStream:
             probe.register_forward_hook(see)
             moved.on(probe, hidden.to("meta"))
         output = outputs[0]
-        self._is_tuple[index] = isinstance(output, tuple)
+        self._behind[index] = len(output) - 1 if isinstance(output, tuple) else None
         first, *others = output if isinstance(output, tuple) else (output,)
         if not isinstance(first, Tensor) or first.shape != hidden.shape or any(
                 other is not None for other in others):
@@ -194,7 +207,8 @@ class BlockStream:
         def forward(index: int, *given: object, **named: object) -> object:
             hidden, call = _Call.of(given, named)
             output = stand_in(index, hidden, call)
-            return (output,) if self._is_tuple[index] else output
+            behind = self._behind[index]
+            return output if behind is None else (output, *[None] * behind)
 
         def stop(*given: object, **named: object) -> None:
             raise _Stop

@@ -7,6 +7,7 @@
       calibration.safetensors  token ids that were sampled, with their hash
       matrices/N.safetensors   a finished matrix N: packed delta, spectrum, and its row of the log
       compression_log.csv      a row a finished matrix, in the order in which they were finished
+      scratch/                 hidden states that do not fit the memory; of no use to another run
       delta/                   the output while it is written; renamed to OUT
 
 Every file but the log is written under a temporary name, brought to the disk and renamed: one that
@@ -50,6 +51,7 @@ LOCK_FILE = "lock"
 FINGERPRINT_FILE = "fingerprint.json"
 MATRICES = "matrices"
 RESULT = "delta"
+SCRATCH = "scratch"
 TEMPORARY = ".new"
 NAMED = 3  # differences that a refusal names at most
 # Faults of the input itself: the same command would meet them again, and another input has another
@@ -113,7 +115,7 @@ class WorkFolder:
     def _clear(self) -> None:
         for name in (FINGERPRINT_FILE, TOKENS_FILE, LOG_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for name in (MATRICES, RESULT):
+        for name in (MATRICES, RESULT, SCRATCH):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def tokens(self) -> tuple[Tensor, str] | None:
@@ -154,6 +156,17 @@ class WorkFolder:
     def is_worth_keeping(self) -> bool:
         """Whether anything is finished."""
         return (self.path / TOKENS_FILE).exists() or count_finished(self.out) > 0
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what only this run needs, gone after the block."""
+        folder = self.path / SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def result(self) -> Iterator[Path]:

@@ -95,7 +95,9 @@ def main() -> None:
             [sys.executable, "-m", "adamix", "compress", base, finetuned, "-o",
              Path(temporary) / "delta", "--sequences", str(args.sequences), "--length",
              str(args.length), "--threads", str(args.threads), *text, *options, "--json"],
-            stdout=subprocess.PIPE, check=True)
+            stdout=subprocess.PIPE)
+        if done.returncode:
+            sys.exit(done.returncode)
         found = json.loads(done.stdout)
         size = sum(file.stat().st_size for file in finetuned.glob("*.safetensors"))
     seconds = "  ".join(f"{stage} {spent:.1f} s" for stage, spent in found["seconds"].items())

@@ -231,6 +231,16 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     assert snapshot(tmp_path) == {work_path(out) / "mine": b"mine"}
 
 
+def test_what_is_left_of_a_folder_that_was_being_removed_is_taken_up(tmp_path, monkeypatch):
+    pair, out = compressed_pair(), tmp_path / "d"
+    interrupt_after(3, pair, out, monkeypatch)
+    for name in ("lock", "fingerprint.json"):
+        (work_path(out) / name).unlink()
+    assert compress(pair.base, pair.finetuned, out, CONFIG, threads=1).resumed == 0
+    assert_same_files(out, pair.delta)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
 # --- the command line --------------------------------------------------------------------------
 
 

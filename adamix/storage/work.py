@@ -53,6 +53,7 @@ MATRICES = "matrices"
 RESULT = "delta"
 SCRATCH = "scratch"
 TEMPORARY = ".new"
+OURS = {LOCK_FILE, FINGERPRINT_FILE, TOKENS_FILE, LOG_FILE, MATRICES, RESULT, SCRATCH}
 NAMED = 3  # differences that a refusal names at most
 # Faults of the input itself: the same command would meet them again, and another input has another
 # fingerprint, so what was finished before them is of no use.
@@ -217,7 +218,7 @@ def _lock(folder: Path) -> TextIO:
     while True:
         try:
             folder.mkdir(exist_ok=True)
-            if not file.exists() and any(folder.iterdir()):
+            if any(path.name.removesuffix(TEMPORARY) not in OURS for path in folder.iterdir()):
                 raise ResumeError(f"{folder} exists and is no work folder of adamix: remove it")
             lock = file.open("a")
         except FileNotFoundError:

@@ -72,6 +72,10 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
 
 Base = Annotated[str, typer.Argument(help="Base model: a folder or a Hugging Face name.")]
 Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
+MaxMemory = Annotated[float | None, typer.Option(
+    metavar="GB", help="Memory to keep to; the result is the same [default: no bound].")]
+Restart = Annotated[bool, typer.Option(
+    "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
 
 
@@ -125,6 +129,8 @@ def compress(
     embeddings: Annotated[bool | None, typer.Option(
         "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")
     ] = None,
+    max_memory: MaxMemory = None,
+    restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress FINETUNED's difference from BASE into a delta folder."""
@@ -142,9 +148,10 @@ def compress(
     _quiet()
     from adamix.pipeline import compress as run
 
-    with display.shown_progress() as progress:
+    with reports.kept_work(out), display.shown_progress() as progress:
         summary = run(base, finetuned, out, config, calibration=calibration, threads=threads,
-                      progress=progress)
+                      max_memory=None if max_memory is None else int(1e9 * max_memory),
+                      restart=restart, progress=progress)
     if as_json:
         display.show_json(reports.summary_json(summary))
     else:

@@ -25,6 +25,10 @@ class SolverError(AdamixError):
     """A solver of the integer program that is not installed, or that python-mip cannot load."""
 
 
+class MemoryLimitError(AdamixError):
+    """A bound on memory that not even one matrix at a time keeps."""
+
+
 class CalibrationError(AdamixError):
     """A calibration source that gives no usable tokens."""
 
@@ -43,6 +47,10 @@ class BankError(AdamixError):
 
 class BankFullError(BankError):
     """A fine-tune that does not fit beside those that must stay on the device."""
+
+
+class ResumeError(AdamixError):
+    """Unfinished work beside the output that is another run's, or in another process's hands."""
 
 
 class OutputError(AdamixError):

@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from adamix.artifacts import Hessian, Manifest, ModelDelta, PackedDelta, WeightPair
+from adamix import ops
+from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.budget import COUNTS_BYTES, plan_budget
-from adamix.calibration.gram import MAX_GRAM_BYTES, accumulate, passes, shared_inputs
 from adamix.calibration.sampling import sample
 from adamix.calibration.texts import token_hash, tokenize
-from adamix.compression.error import relative_error
-from adamix.compression.hessian import hessian, identity
+from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
-from adamix.errors import AdamixError, CalibrationError, NonFiniteError
+from adamix.errors import CalibrationError
+from adamix.matrices import MatrixRun
+from adamix.memory import check_survey, sampling_threads
 from adamix.naming import group_by_kind, write_indices
 from adamix.parallel import available_cores, workers
 from adamix.progress import Progress, Silent, timed
-from adamix.source.architecture import Architecture, describe
+from adamix.source.architecture import describe
 from adamix.source.checkpoints import COPIED, Checkpoint
-from adamix.source.models import find_tokenizer, load_model
-from adamix.source.targets import Survey, Target, Treatment, check_pair, read_pair, survey
-from adamix.storage.file import delta_bytes, new_folder, refuse_existing, write_delta
-from adamix.storage.log import MatrixRow, Spectrum, write_log, write_spectra, write_tokens
+from adamix.source.models import empty_model, find_tokenizer, load_model
+from adamix.source.targets import Survey, Treatment, check_pair, survey
+from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, write_delta
+from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
 from adamix.storage.pack import pack
-
-FREQUENCY_FLOOR = 0.01  # of the mean token frequency: what the row of an unseen token weighs
-
-
-@dataclass(frozen=True)
-class CompressedMatrix:
-    """What one matrix gives: the delta, its log row, and what its plan was chosen from."""
-
-    packed: PackedDelta
-    row: MatrixRow
-    spectrum: Spectrum
+from adamix.storage.work import CompressedMatrix, WorkFolder, work_folder
+from adamix.version import __version__
 
 
 @dataclass(frozen=True)
@@ -62,6 +51,7 @@ class Summary:
     bytes_beside: int  # logs, calibration tokens, copies of tokenizer and configs
     seconds: dict[str, float]  # by stage
     peak_bytes: int  # of this process's memory
+    resumed: int = 0  # matrices that an earlier, interrupted run had finished
 
     @property
     def ratio(self) -> float:
@@ -98,8 +88,12 @@ def compress_matrix(delta: Tensor, gram: Tensor, config: Config | None = None) -
 
 def compress(base: str | Path, finetuned: str | Path, out: str | Path,
              config: Config | None = None, *, calibration: str | Path | Sequence[str] | None = None,
-             threads: int | None = None, progress: Progress | None = None) -> Summary:
+             threads: int | None = None, max_memory: int | None = None, restart: bool = False,
+             progress: Progress | None = None) -> Summary:
     """Compress the difference between two checkpoints into the folder `out`.
+
+    What is finished is kept in `.OUT.partial` beside it until all is: the same call goes on there
+    after an interruption of any kind, and ends with the same bytes.
 
     Args:
         base, finetuned: folders (or Hub names) of Hugging Face checkpoints in safetensors.
@@ -108,10 +102,12 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         calibration: a text file, `.jsonl`, list of strings or dataset name; default: sequences
             sampled from the fine-tuned model itself.
         threads: matrices compressed side by side; the result does not depend on it.
+        max_memory: bytes that the process may hold at most; the result does not depend on it.
+        restart: throw away what an interrupted run has left, and begin anew.
         progress: told about the stages.
 
     Raises:
-        AdamixError: a subclass names the fault in one sentence; nothing is left behind.
+        AdamixError: a subclass names the fault in one sentence; bad input leaves nothing behind.
     """
     config, progress, out = config or Config(), progress or Silent(), Path(out)
     refuse_existing(out)
@@ -120,7 +116,9 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     architecture = describe(sources[1].folder)
     check_pair(*sources, architecture)
     threads = threads or available_cores()
-    with new_folder(out) as folder, workers(threads) as executor:
+    if max_memory is not None:
+        check_survey(max_memory, [shape for shape, _ in sources[1].headers.values()])
+    with work_folder(out) as work, workers(threads) as executor:
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
             tokens = _read_tokens(sources[1], config, calibration, progress)
@@ -130,130 +128,60 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
                            on_tensor=lambda name: progress.advance())
         manifest = _manifest(sources, found, config, _origin(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
-        model = load_model(sources[1].folder)
+        work.check(_fingerprint(manifest, found, sources[1]), restart=restart)
+        finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
-                tokens = _sample_tokens(model, sources[1], config, executor, progress)
-            manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
-        run = _Run(sources, found, architecture, config, budget.bits, executor, threads, progress,
-                   seconds)
-        matrices = run.matrices(model, tokens)
+                tokens = _own_tokens(work, sources[1], config, threads, max_memory, progress)
+        manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
+        run = MatrixRun(sources, found, architecture, config, budget.bits, work, executor, threads,
+                        max_memory, progress, seconds)
+        matrices = run.matrices(tokens, finished)
         progress.stage("writing", 1)
-        written = _write(folder, sources[1], found, manifest, matrices, tokens)
-        beside = sum(p.stat().st_size for p in folder.iterdir()) - written
+        with work.result() as folder:
+            written = _write(folder, sources[1], found, manifest, matrices, tokens)
+            beside = sum(p.stat().st_size for p in folder.iterdir()) - written
         progress.advance()
     whole = {t.name: t.numel * t.dtype.itemsize
              for t in found.of(Treatment.WHOLE) if len(t.shape) > 1}
     return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit, whole,
-                   beside, seconds, peak_bytes())
+                   beside, seconds, peak_bytes(), len(finished))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The calibration and compression of one model's matrices."""
+def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint) -> dict[str, object]:
+    """All that the bytes of a finished matrix depend on, by names for a sentence on what differs.
 
-    sources: tuple[Checkpoint, Checkpoint]
-    found: Survey
-    architecture: Architecture
-    config: Config
-    budget_bits: dict[str, int]
-    executor: Executor
-    threads: int
-    progress: Progress
-    seconds: dict[str, float]
-
-    def matrices(self, model: nn.Module, tokens: Tensor) -> dict[str, CompressedMatrix]:
-        """Every compressed matrix by name, in the survey's order."""
-        frequency = token_frequency(tokens, model.get_input_embeddings().weight.shape[0])
-        linears = self._linears(model)
-        groups = shared_inputs(model, tokens, linears)
-        done: dict[str, CompressedMatrix] = {}
-        widths = {leader: linears[leader].in_features for leader in groups}
-        for run in passes(widths, MAX_GRAM_BYTES // (self.threads + 1)):
-            with timed(self.seconds, "calibration"):
-                self.progress.stage("calibrating", len(tokens))
-                grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
-                                   executor=self.executor, ahead=self.threads,
-                                   on_chunk=self.progress.advance)
-            jobs = [(grams[leader], self._targets_of(groups[leader])) for leader in run]
-            self._compress(jobs, frequency, done)
-        # An embedding, whose inputs are one-hot, and modules that the model never calls.
-        rest = [target for target in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
-                if target.name not in done]
-        if rest:
-            self._compress([(None, [target]) for target in rest], frequency, done)
-        return {name: done[name] for name in sorted(done)}
-
-    def _linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The modules whose inputs are needed, by name."""
-        wanted = {_module(target.name) for target in self.found.of(Treatment.LINEAR)}
-        if self.architecture.tied and self.found.of(Treatment.EMBEDDING):
-            wanted.add(_module(self.architecture.head or ""))
-        return {name: module for name, module in model.named_modules() if name in wanted}
-
-    def _targets_of(self, modules: list[str]) -> list[Target]:
-        names = {f"{module}.weight" for module in modules}
-        if self.architecture.tied and self.architecture.head in names:
-            names.add(self.architecture.embedding or "")
-        return [t for t in self.found.of(Treatment.LINEAR, Treatment.EMBEDDING) if t.name in names]
-
-    def _compress(self, jobs: list[tuple[Tensor | None, list[Target]]], frequency: Tensor,
-                  done: dict[str, CompressedMatrix]) -> None:
-        with timed(self.seconds, "compression"):
-            self.progress.stage("compressing", sum(len(targets) for _, targets in jobs))
-            # The largest first, so that none of them is left alone at the end.
-            jobs = sorted(jobs, key=lambda job: -max(self.budget_bits[t.name] for t in job[1]))
-            futures = [self.executor.submit(self._compress_group, gram, targets, frequency)
-                       for gram, targets in jobs]
-            for future in as_completed(futures):
-                done.update(future.result())
-
-    def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
-                        ) -> dict[str, CompressedMatrix]:
-        """The matrices that read one input, one after the other."""
-        n = targets[0].shape[1]
-        if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
-            gram = None
-        with _named(targets[0].name):
-            H = identity(n) if gram is None else hessian(gram, self.config.damping)
-        compressed = {}
-        for target in targets:
-            weights = frequency if target.treatment is Treatment.EMBEDDING else None
-            pair = read_pair(*self.sources, target)
-            with _named(target.name):
-                compressed[target.name] = self._compress_pair(pair, H, gram, weights)
-            self.progress.advance()
-        return compressed
-
-    def _compress_pair(self, pair: WeightPair, H: Hessian, gram: Tensor | None,
-                       frequency: Tensor | None) -> CompressedMatrix:
-        start = time.perf_counter()
-        weights = None if frequency is None else frequency[: pair.base.shape[0]]
-        result = quantize_matrix(pair.delta, H, self.config, row_weights=weights,
-                                 budget_bits=self.budget_bits[pair.name])
-        packed = pack(result.delta)
-        error = relative_error(pair.delta, packed.dequantize(), gram, weights)
-        if not math.isfinite(error):
-            raise NonFiniteError(f"its relative error is {error}")
-        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
-        spectrum = Spectrum(result.singular_values, result.errors, result.widths)
-        return CompressedMatrix(packed, row, spectrum)
+    The hash of sampled text is not in it: the fine-tune and the config determine it.
+    """
+    calibration = dict(manifest.calibration)
+    if calibration["source"] == "self":
+        del calibration["sha256"]
+    return {"adamix": __version__, "format": FORMAT_VERSION, "layout": ops.LAYOUT_VERSION,
+            "torch": torch.__version__,
+            "base": {"name": manifest.base, "sha256": manifest.fingerprint["sha256"]},
+            "fine-tune": {"name": manifest.finetuned,
+                          "sha256": found.finetuned_fingerprint["sha256"],
+                          "configuration": finetuned.copied_hash()},
+            "config": manifest.config, "calibration": calibration}
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the tensor's name before a fault in the block, and make it one of ours."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:  # LinAlgError is a RuntimeError
-        kind = type(error) if isinstance(error, AdamixError) else AdamixError
-        raise kind(f"{name} cannot be compressed: {error}") from error
+def _own_tokens(work: WorkFolder, finetuned: Checkpoint, config: Config, threads: int,
+                max_memory: int | None, progress: Progress) -> Tensor:
+    """Token ids that the fine-tuned model writes itself, by an earlier run where it got so far.
 
-
-def token_frequency(tokens: Tensor, vocabulary: int) -> Tensor:
-    """How often each token occurs, plus 1 % of the mean: what an embedding's rows weigh, fp64."""
-    counts = torch.bincount(tokens.flatten(), minlength=vocabulary).double()
-    return counts + FREQUENCY_FLOOR * counts.mean()
+    The model is in memory for as long as this takes, and no longer.
+    """
+    tokens, sha256 = work.tokens() or (None, "")
+    if tokens is None or token_hash(tokens) != sha256:
+        if max_memory is not None:
+            threads = sampling_threads(
+                max_memory, [shape for shape, _ in finetuned.headers.values()],
+                empty_model(finetuned.folder).config, config.calibration_length, threads)
+        with workers(threads) as executor:
+            tokens = _sample_tokens(load_model(finetuned.folder), finetuned, config, executor,
+                                    progress)
+        work.keep_tokens(tokens, token_hash(tokens))
+    return tokens
 
 
 def peak_bytes() -> int:
@@ -344,7 +272,3 @@ def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifes
         if (finetuned.folder / name).exists():
             shutil.copyfile(finetuned.folder / name, folder / name)
     return delta_bytes(folder)
-
-
-def _module(weight: str) -> str:
-    return weight.removesuffix(".weight")

@@ -1,10 +1,15 @@
-"""What the commands print of what they found."""
+"""What the commands print of their results: for programs, and for people."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adamix import display
+from adamix.errors import ResumeError
 
 if TYPE_CHECKING:
     from adamix.evaluation import Evaluation
@@ -20,7 +25,7 @@ def summary_json(summary: Summary) -> dict[str, object]:
             "matrices": len(summary.rows), "mean_error": summary.relative_error,
             "worst_error": worst.relative_error if worst else None,
             "worst_matrix": worst.name if worst else None, "seconds": summary.seconds,
-            "peak_bytes": summary.peak_bytes}
+            "peak_bytes": summary.peak_bytes, "resumed": summary.resumed}
 
 
 def show_summary(summary: Summary) -> None:
@@ -39,8 +44,27 @@ def show_summary(summary: Summary) -> None:
         *_kept_whole(summary.whole),
         ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
         ("output error", errors),
+        *([("resumed", f"{summary.resumed} of {len(summary.rows)} matrices were finished before")]
+          if summary.resumed else []),
         ("time", stages),
         ("peak memory", size(summary.peak_bytes))])
+
+
+@contextmanager
+def kept_work(out: Path) -> Iterator[None]:
+    """Where the block ends before `compress` has: a line on stderr on how to go on."""
+    try:
+        yield
+    except ResumeError:  # says so itself
+        raise
+    except BaseException:
+        from adamix.storage.work import count_finished, work_path
+
+        if work_path(out).exists():
+            print(f"adamix: {count_finished(out)} finished matrices are kept in {work_path(out)}: "
+                  f"the same command goes on from there, with --restart it starts over",
+                  file=sys.stderr)
+        raise
 
 
 def _kept_whole(whole: dict[str, int]) -> list[tuple[str, str]]:

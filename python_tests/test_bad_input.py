@@ -230,12 +230,18 @@ def test_an_output_below_a_file_is_refused_before_any_work(pair, out, monkeypatc
 @pytest.mark.parametrize("where, name", [(storage, "save_tensors"), (log, "save_tensors"),
                                          (pipeline, "write_log"), (pipeline.shutil, "copyfile")],
                          ids=["delta", "spectra", "log", "copies"])
-def test_a_full_disk_at_any_file_leaves_nothing(pair, out, monkeypatch, where, name):
+def test_a_full_disk_at_any_file_leaves_the_finished_work_alone(
+        pair, out, monkeypatch, where, name):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(where, name, full)
-    refused(OutputError, ["full"], pair, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, full)
+        with pytest.raises(OutputError, match="full"):
+            adamix.compress(pair["base"], pair["finetuned"], out, CONFIG, threads=1)
+    assert {path.name for path in out.parent.iterdir()} == {"other", ".out.partial"}
+    adamix.compress(pair["base"], pair["finetuned"], out, CONFIG, threads=1)
+    assert {path.name for path in out.parent.iterdir()} == {"other", "out"}
 
 
 def test_folders_made_for_an_output_that_failed_are_gone_again(pair, out):

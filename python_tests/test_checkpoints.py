@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import checkpoint_tensors, make_pair
+from tiny_models import HIDDEN, VOCABULARY, checkpoint_tensors, make_pair
 from tiny_models import one_thread as one_thread
 
 from adamix.errors import CheckpointError, FingerprintError
@@ -115,7 +115,7 @@ def test_describe_names_the_linears_the_embedding_and_the_head(pairs, tmp_path):
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
     expected = Architecture(frozenset([*inner, "lm_head.weight"]), "model.embed_tokens.weight",
-                            "lm_head.weight", False)
+                            "lm_head.weight", False, VOCABULARY, HIDDEN)
     assert describe(pairs[False][1]) == expected
     assert (tied.tied, tied.linears, tied.head) == (True, expected.linears, expected.head)
 

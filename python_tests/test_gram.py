@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from adamix.calibration.gram import CHUNK, accumulate, passes, shared_inputs
 from adamix.errors import NonFiniteError
-from adamix.pipeline import token_frequency
+from adamix.matrices import token_frequency
 
 TOKENS = torch.randint(4, 100, (2 * CHUNK + 3, 12), generator=torch.Generator().manual_seed(0))
 LAYER = "model.layers.{}."

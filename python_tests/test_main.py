@@ -66,12 +66,12 @@ def test_compress_writes_the_delta_that_the_library_does(compressed):
     assert body["mean_error"] == pytest.approx(sum(errors.values()) / len(errors), rel=1e-5)
     assert body["worst_error"] == pytest.approx(errors[body["worst_matrix"]], rel=1e-5)
     assert body["bytes_beside"] == sum(p.stat().st_size for p in out.iterdir()) - body["bytes"]
-    assert body["peak_bytes"] > 2**20 and "compression" in body["seconds"]
+    assert body["peak_bytes"] > 2**20 and "calibration and compression" in body["seconds"]
 
 
 def test_progress_goes_to_stderr_as_plain_lines_without_a_terminal(compressed):
     lines = compressed[1].stderr.splitlines()
-    assert any(line.startswith("calibrating: 8/8 in ") for line in lines)
+    assert any(line.startswith("calibrating and compressing: 16/16 in ") for line in lines)
     assert not any("\x1b" in line or "Loading weights" in line for line in lines)
 
 

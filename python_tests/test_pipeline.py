@@ -23,11 +23,13 @@ from tiny_models import (
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
-from adamix import pipeline
+from adamix import matrices
+from adamix.calibration.blocks import Unsuited
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.config import Config
 from adamix.naming import read_indices
 from adamix.pipeline import compress, compress_matrix
+from adamix.progress import Silent
 from adamix.storage.file import delta_bytes, read_delta, read_manifest
 from adamix.storage.log import read_log
 
@@ -87,6 +89,22 @@ def test_another_seed_calibrates_with_other_text(tmp_path):
     assert found["sha256"] != other["sha256"]
 
 
+@pytest.mark.parametrize("variant", ["plain", "tied"])
+def test_a_model_whose_blocks_do_not_run_alone_gives_the_same_bytes(tmp_path, monkeypatch, variant):
+    def unsuited(*arguments):
+        raise Unsuited("its blocks share weights")
+
+    class Titles(Silent):
+        def stage(self, title, total):
+            titles.append(title)
+
+    pair, titles = compressed_pair(variant), []
+    monkeypatch.setattr(matrices, "BlockStream", unsuited)
+    compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=2, progress=Titles())
+    assert_same_files(tmp_path / "d", pair.delta)
+    assert any("whole model in memory (its blocks share weights)" in title for title in titles)
+
+
 # --- numbers -----------------------------------------------------------------------------------
 
 
@@ -125,36 +143,33 @@ def test_the_logs_errors_are_those_of_the_outputs(variant):
 
 
 def test_compress_matrix_is_what_the_pipeline_does_to_one_matrix(tmp_path, monkeypatch):
-    pair, grams = compressed_pair(), {}
-    accumulate = pipeline.accumulate
+    pair, grams, calibrated = compressed_pair(), {}, matrices.MatrixRun._grams
 
-    def spy(*arguments, **named):
-        found = accumulate(*arguments, **named)
-        grams.update({name: gram.clone() for name, gram in found.items()})
-        return found
+    def spy(*arguments):
+        for modules, gram in calibrated(*arguments):
+            grams.update(dict.fromkeys(modules, gram.clone()))
+            yield modules, gram
 
-    monkeypatch.setattr(pipeline, "accumulate", spy)
+    monkeypatch.setattr(matrices.MatrixRun, "_grams", spy)
     compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)
-    matrices = read_delta(tmp_path / "d").matrices
+    packed = read_delta(tmp_path / "d").matrices
     old, new = checkpoint_tensors(pair.base), checkpoint_tensors(pair.finetuned)
-    leader = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj",
                    "model.layers.1.mlp.down_proj", "lm_head"):
-        name, (*path, last) = f"{module}.weight", module.split(".")
-        gram = grams[".".join([*path, leader.get(last, last)])]
-        alone = compress_matrix(new[name].float() - old[name].float(), gram, CONFIG)
-        assert alone.counts == matrices[name].counts and alone.shape == matrices[name].shape
-        assert torch.equal(alone.words, matrices[name].words), name
-        assert torch.equal(alone.scales, matrices[name].scales), name
+        name = f"{module}.weight"
+        alone = compress_matrix(new[name].float() - old[name].float(), grams[module], CONFIG)
+        assert alone.counts == packed[name].counts and alone.shape == packed[name].shape
+        assert torch.equal(alone.words, packed[name].words), name
+        assert torch.equal(alone.scales, packed[name].scales), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_restored_weights_are_near_the_fine_tunes(variant):
     pair = compressed_pair(variant)
     old, new = checkpoint_tensors(pair.base), checkpoint_tensors(pair.finetuned)
-    weights, matrices = restored(pair), read_delta(pair.delta).matrices
+    weights, packed = restored(pair), read_delta(pair.delta).matrices
     for name, weight in weights.items():
-        if name in matrices:
+        if name in packed:
             delta = new[name].double()[: len(old[name])] - old[name].double()
             lost = new[name].double() - weight
             assert lost.norm() < 0.3 * delta.norm() and lost.norm() > 0, name
@@ -260,11 +275,11 @@ def test_the_summary_says_what_is_on_disk(tmp_path):
     errors = [row.relative_error for row in summary.rows]
     assert summary.relative_error == pytest.approx(sum(errors) / len(errors), rel=1e-12)
     assert summary.peak_bytes > 10**7
-    assert {"read", "calibration tokens", "calibration", "compression"} <= summary.seconds.keys()
+    assert {"read", "calibration tokens", "calibration and compression"} <= summary.seconds.keys()
 
 
-def test_an_interrupt_ends_at_the_next_matrix_and_leaves_nothing(tmp_path, monkeypatch):
-    pair, begun, quantize = compressed_pair(), [], pipeline.quantize_matrix
+def test_an_interrupt_ends_at_the_next_matrix_and_leaves_the_work_so_far(tmp_path, monkeypatch):
+    pair, begun, quantize = compressed_pair(), [], matrices.quantize_matrix
 
     def interrupted(*arguments, **named):
         begun.append(1)
@@ -273,10 +288,11 @@ def test_an_interrupt_ends_at_the_next_matrix_and_leaves_nothing(tmp_path, monke
             time.sleep(0.2)  # so that the main thread has its turn
         return quantize(*arguments, **named)
 
-    monkeypatch.setattr(pipeline, "quantize_matrix", interrupted)
+    monkeypatch.setattr(matrices, "quantize_matrix", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)
-    assert len(begun) <= 3 and not list(tmp_path.iterdir())  # 3: those on the input in hand, of 16
+    assert len(begun) <= 3  # those on the input in hand, of 16
+    assert [path.name for path in tmp_path.iterdir()] == [".d.partial"]
 
 
 @pytest.mark.skipif(not (EXAMPLES / "finetuned" / "model.safetensors").exists(),

@@ -13,8 +13,8 @@ from adamix.source.checkpoints import Checkpoint
 from adamix.source.targets import Treatment, check_pair, read_pair, survey
 
 EMBEDDING, HEAD, LINEAR = "embed.weight", "lm_head.weight", "layers.0.up.weight"
-UNTIED = Architecture(frozenset({LINEAR, HEAD}), EMBEDDING, HEAD, False)
-TIED = Architecture(frozenset({LINEAR, HEAD}), EMBEDDING, HEAD, True)
+UNTIED = Architecture(frozenset({LINEAR, HEAD}), EMBEDDING, HEAD, False, 96, 64)
+TIED = Architecture(frozenset({LINEAR, HEAD}), EMBEDDING, HEAD, True, 96, 64)
 
 
 def numbers(*shape, seed=0, dtype=torch.float32):

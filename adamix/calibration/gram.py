@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from adamix.errors import NonFiniteError
 from adamix.parallel import in_order
+
+Chunk = TypeVar("Chunk")
 
 CHUNK = 8  # sequences a forward pass; fixed, so that sums are added in one order on any machine
 MAX_GRAM_BYTES = 4 * 2**30  # Gram matrices in memory, all threads'; more layers take more passes
@@ -27,34 +30,44 @@ def shared_inputs(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.
     Found by running a few tokens: modules share an input where they are handed the same tensor.
     A module that this forward pass never calls has no entry.
     """
+    with sharing(modules) as groups:
+        model(input_ids=tokens[:1, :8].to(model.device), use_cache=False)
+    return groups
+
+
+@contextmanager
+def sharing(modules: dict[str, nn.Linear]) -> Iterator[dict[str, list[str]]]:
+    """{first module: all modules that read the same tensor}, of what runs in the block."""
     seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities apart
+    groups: dict[str, list[str]] = {}
 
     def record(name: str, X: Tensor) -> None:
-        for tensor, names in seen:
-            if tensor is X:
-                names.append(name)
-                return
-        seen.append((X, [name]))
+        names = next((names for tensor, names in seen if tensor is X), None)
+        if names is None:
+            seen.append((X, groups.setdefault(name, [name])))
+        else:
+            names.append(name)
 
-    hooks = _watch_inputs(modules, record)
-    try:
-        model(input_ids=tokens[:1, :8].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {names[0]: names for _, names in seen}
+    with _watching(modules, record):
+        yield groups
 
 
-def _watch_inputs(modules: dict[str, nn.Linear], see: Callable[[str, Tensor], None]
-                  ) -> list[RemovableHandle]:
-    """Call see(name, input) before each call of a module."""
+@contextmanager
+def _watching(modules: dict[str, nn.Linear], see: Callable[[str, Tensor], None]
+              ) -> Iterator[None]:
+    """Call see(name, input) before each call of a module in the block."""
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             see(name, given[0] if given else named["input"])
         return hook
 
-    return [module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-            for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+             for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def passes(leaders: dict[str, int], max_bytes: int = MAX_GRAM_BYTES) -> Iterator[list[str]]:
@@ -91,34 +104,44 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.Lin
     Raises:
         NonFiniteError: an activation is NaN or Inf; the sentence names the module.
     """
+    head = model.get_output_embeddings()
+    whole = any(module is head for module in modules.values())
+    takes = inspect.signature(model.forward).parameters
+    options = {} if whole or "logits_to_keep" not in takes else {"logits_to_keep": 1}
+
+    def forward(chunk: Tensor) -> None:
+        model(input_ids=chunk.to(model.device), use_cache=False, **options)
+
+    return gram_matrices(forward, tokens.split(CHUNK), modules, executor=executor, ahead=ahead,
+                         on_chunk=lambda chunk: on_chunk(len(chunk)))
+
+
+def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
+                  modules: dict[str, nn.Linear], *, executor: Executor, ahead: int,
+                  on_chunk: Callable[[Chunk], None] = lambda chunk: None) -> dict[str, Tensor]:
+    """X Xᵀ `[in, in]` fp32 of what enters the modules while `forward` runs over each chunk.
+
+    Raises:
+        NonFiniteError: an activation is NaN or Inf; the sentence names the module.
+    """
     local = threading.local()
 
     def add(name: str, X: Tensor) -> None:
         X = X.flatten(0, -2).float()
         local.grams[name] = local.grams.get(name, 0) + X.T @ X
 
-    head = model.get_output_embeddings()
-    whole = any(module is head for module in modules.values())
-    takes = inspect.signature(model.forward).parameters
-    options = {} if whole or "logits_to_keep" not in takes else {"logits_to_keep": 1}
-
     @torch.inference_mode()
-    def run(chunk: Tensor) -> dict[str, Tensor]:
+    def run(chunk: Chunk) -> dict[str, Tensor]:
         local.grams = {}
-        model(input_ids=chunk.to(model.device), use_cache=False, **options)
+        forward(chunk)
         return local.grams
 
-    hooks = _watch_inputs(modules, add)
     totals: dict[str, Tensor] = {}
-    try:
-        chunks = tokens.split(CHUNK)
+    with _watching(modules, add):
         for chunk, grams in zip(chunks, in_order(executor, run, chunks, ahead), strict=True):
             for name, gram in grams.items():
                 totals[name] = totals[name].add_(gram) if name in totals else gram.clone()
-            on_chunk(len(chunk))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            on_chunk(chunk)
     for name, gram in totals.items():
         if not torch.isfinite(gram).all():
             raise NonFiniteError(f"the activations that enter {name} hold NaN or Inf")

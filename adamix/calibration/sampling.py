@@ -56,11 +56,24 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
 
 def chunk_rows(config: PretrainedConfig, length: int) -> int:
     """Sequences a chunk: what the cache's bound allows. A fact of the model, not of the machine."""
+    return max(1, min(CHUNK, CACHE_BYTES // _cache_bytes(config, length)))
+
+
+def chunk_bytes(config: PretrainedConfig, length: int) -> int:
+    """What sampling one chunk takes beside the model: keys and values, which grow by copies of a
+    layer's, and the logits with what is drawn from them."""
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    cache = _cache_bytes(config, length)
+    return chunk_rows(config, length) * (cache + 2 * cache // layers + 6 * 4 * text.vocab_size)
+
+
+def _cache_bytes(config: PretrainedConfig, length: int) -> int:
+    """Keys and values of one sequence, fp32."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    a_sequence = 2 * 4 * text.num_hidden_layers * heads * width * length
-    return max(1, min(CHUNK, CACHE_BYTES // a_sequence))
+    return 2 * 4 * text.num_hidden_layers * heads * width * length
 
 
 def _chunks(sequences: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -19,12 +20,15 @@ def relative_error(delta: Tensor, restored: Tensor, gram: Tensor | None = None,
     Returns:
         The error; 0 where both ΔW X and its error are 0.
     """
-    lost, whole = delta.double() - restored.double(), delta.double()
-    if row_weights is not None:
-        root = row_weights.double().sqrt()[:, None]
-        lost, whole = lost * root, whole * root
-    energies = [(part if gram is None else part @ gram.double()).mul(part).sum().item()
-                for part in (lost, whole)]
-    if energies[1] == 0:
-        return 0.0 if energies[0] == 0 else math.inf
-    return energies[0] / energies[1]
+    def energy(part: Tensor) -> float:
+        if row_weights is not None:
+            part.mul_(row_weights.double().sqrt()[:, None])
+        seen = part.clone() if gram is None else part @ gram.double()
+        return seen.mul_(part).sum().item()
+
+    # One at a time and in place: of a 150,000 x 3,584 embedding each array takes 4.3 GB.
+    lost = energy(delta.to(torch.float64, copy=True).sub_(restored))
+    whole = energy(delta.to(torch.float64, copy=True))
+    if whole == 0:
+        return 0.0 if lost == 0 else math.inf
+    return lost / whole

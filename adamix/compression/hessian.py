@@ -35,14 +35,16 @@ def hessian(gram: Tensor, damping: float) -> Hessian:
     if not gram.diagonal().mean() > 0:
         raise ValueError("the Gram matrix is zero: no calibration token reached this matrix")
     # The plan must not depend on the unit of the activations: bring the mean diagonal to 1.
-    matrix = damp(gram / gram.diagonal().mean(), damping)
+    matrix = gram / gram.diagonal().mean()
+    del gram  # [in, in] in fp64 each: at 18944 inputs one of them takes 2.9 GB
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         raise ValueError("the Gram matrix is not positive semidefinite: expected X Xᵀ")
     # GPTQ rounds the inputs that weigh most while all others can still make up for it (act-order):
     # 1.6 % less error than in the inputs' own order, on 14 matrices of a real fine-tune.
     order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
-    inverse = torch.cholesky_inverse(lower)[order][:, order]
+    inverse = torch.cholesky_inverse(lower)[order[:, None], order]
     return Hessian(matrix, lower, order, inverse_upper(inverse))
 
 

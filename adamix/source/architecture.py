@@ -18,6 +18,8 @@ class Architecture:
     embedding: str | None  # the input embedding's weight
     head: str | None  # the output head's weight (`lm_head.weight`), if it has one
     tied: bool  # the head's weight is the embedding's
+    vocabulary: int  # rows of the input embedding
+    hidden: int  # size of a hidden state
 
 
 def describe(folder: Path) -> Architecture:
@@ -37,4 +39,5 @@ def describe(folder: Path) -> Architecture:
         if module is head:
             head_name = f"{name}.weight"
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    return Architecture(frozenset(linears), embedding_name, head_name, tied and head is not None)
+    return Architecture(frozenset(linears), embedding_name, head_name, tied and head is not None,
+                        embedding.weight.shape[0], model.config.get_text_config().hidden_size)

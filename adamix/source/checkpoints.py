@@ -85,6 +85,15 @@ class Checkpoint:
         with self._open(self._file_of[name]) as reader:
             return reader.get_tensor(name)
 
+    def copied_hash(self) -> str:
+        """SHA-256 of its configuration and tokenizer: the files of `COPIED` that it has."""
+        digest = hashlib.sha256()
+        for name in COPIED:
+            if (self.folder / name).exists():
+                data = (self.folder / name).read_bytes()
+                digest.update(f"{name} {len(data)}\n".encode() + data)
+        return digest.hexdigest()
+
     def _open(self, file: str) -> safe_open:
         try:
             return safe_open(self.folder / file, framework="pt")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 
 from adamix.errors import CheckpointError, reason
 
@@ -45,6 +47,42 @@ def empty_model(folder: str | Path) -> transformers.PreTrainedModel:
     except MODEL_FAULTS as error:
         raise CheckpointError(
             f"{folder}: transformers cannot build this model: {reason(error)}") from error
+
+
+def skeleton(folder: str | Path) -> transformers.PreTrainedModel:
+    """The model of `folder/config.json` in fp32 and eval mode, its parameters on the meta device.
+
+    Its buffers are there: those that a checkpoint does not hold (rotary frequencies) have their
+    values, which `empty_model`'s lack.
+
+    Raises:
+        CheckpointError: transformers knows no causal language model of this config.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except MODEL_FAULTS as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot build this model: {reason(error)}") from error
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built in the block move each parameter to the meta device as they get it: before it
+    is initialised, so that not even one page of it is touched."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else
+                 nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def find_tokenizer(folders: Iterable[Path]) -> transformers.PreTrainedTokenizerBase | None:

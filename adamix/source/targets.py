@@ -64,7 +64,8 @@ class Survey:
     """The outcome of reading both checkpoints once."""
 
     targets: list[Target]
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, str]  # of the base
+    finetuned_fingerprint: dict[str, str]
     absent: list[str]  # tensors of the base that the fine-tune lacks
 
     def of(self, *treatments: Treatment) -> list[Target]:
@@ -142,7 +143,7 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> Weight
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
            compress_embeddings: bool = True,
            on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
-    """Read every tensor of both once: compare, look for NaN and Inf, hash the base, decide.
+    """Read every tensor of both once: compare, look for NaN and Inf, hash, decide.
 
     Args:
         compress_embeddings: False keeps the embedding and the head whole.
@@ -151,19 +152,20 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     Raises:
         NonFiniteError: a weight is NaN or Inf.
     """
-    fingerprint, targets = Fingerprint(), []
+    fingerprints, targets = (Fingerprint(), Fingerprint()), []
     for name in sorted({*base.names, *finetuned.names}):
         on_tensor(name)
         base_tensor = base.read(name) if name in base else None
         if base_tensor is not None:
-            fingerprint.add(name, base_tensor)
+            fingerprints[0].add(name, base_tensor)
         if name in finetuned:
             tensor = finetuned.read(name)
+            fingerprints[1].add(name, tensor)
             for side, values in (("base", base_tensor), ("fine-tune", tensor)):
                 _check_finite(name, side, values)
             targets.append(_decide(name, base_tensor, tensor, architecture, compress_embeddings))
     absent = [name for name in base.names if name not in finetuned]
-    return Survey(targets, fingerprint.result(), absent)
+    return Survey(targets, fingerprints[0].result(), fingerprints[1].result(), absent)
 
 
 def _check_finite(name: str, side: str, values: Tensor | None) -> None:

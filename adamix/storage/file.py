@@ -59,27 +59,44 @@ def new_folder(out: Path) -> Iterator[Path]:
         OutputError: `out` exists, cannot be made, or the disk is full.
     """
     refuse_existing(out)
+    with made_parents(out):
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        except OSError as error:
+            raise OutputError(f"cannot write to {out.parent}: {error.strerror}") from error
+        try:
+            yield partial
+            partial.chmod(0o755)
+            refuse_existing(out)
+            partial.rename(out)
+        except (OSError, SafetensorError) as error:
+            if is_disk_full(error):
+                raise OutputError(
+                    f"the disk of {out.parent} is full: nothing was written") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def made_parents(out: Path) -> Iterator[None]:
+    """The folders above `out` for the block; those that were made for it go again if it leaves
+    nothing in them.
+
+    Raises:
+        OutputError: they cannot be made.
+    """
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise OutputError(f"cannot write to {out.parent}: {error.strerror}") from error
     try:
-        yield partial
-        partial.chmod(0o755)
-        refuse_existing(out)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        if _is_disk_full(error):
-            raise OutputError(f"the disk of {out.parent} is full: nothing was written") from error
-        raise
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not out.exists():
-            for parent in made:
-                with suppress(OSError):  # somebody else has put something there
-                    parent.rmdir()
+        for parent in made:
+            with suppress(OSError):  # something is in it
+                parent.rmdir()
 
 
 def refuse_existing(out: Path) -> None:
@@ -92,7 +109,8 @@ def refuse_existing(out: Path) -> None:
         raise OutputError(f"{out} exists: choose another output folder or remove it")
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room."""
     code = getattr(error, "errno", None)
     return code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -68,10 +69,19 @@ class Spectrum:
 def write_log(folder: Path, rows: list[MatrixRow]) -> None:
     """Write compression_log.csv."""
     with (folder / LOG_FILE).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(MatrixRow)])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row)]
-                         for row in rows)
+        csv.writer(file).writerow([field.name for field in fields(MatrixRow)])
+        _write_rows(file, rows)
+
+
+def append_log(folder: Path, row: MatrixRow) -> None:
+    """Add a row to compression_log.csv."""
+    with (folder / LOG_FILE).open("a", newline="") as file:
+        _write_rows(file, [row])
+
+
+def _write_rows(file: TextIO, rows: list[MatrixRow]) -> None:
+    csv.writer(file).writerows([f"{value:.6g}" if isinstance(value, float) else value
+                                for value in astuple(row)] for row in rows)
 
 
 def read_log(folder: Path) -> list[MatrixRow]:

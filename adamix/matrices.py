@@ -1,0 +1,261 @@
+"""The matrices of a model, one after the other: calibrated, compressed, and kept as finished."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adamix.artifacts import Hessian, WeightPair
+from adamix.calibration.blocks import BlockStream, Unsuited
+from adamix.calibration.gram import accumulate, passes, shared_inputs
+from adamix.compression.error import relative_error
+from adamix.compression.hessian import hessian, identity
+from adamix.compression.matrix import quantize_matrix
+from adamix.config import Config
+from adamix.errors import AdamixError, NonFiniteError
+from adamix.memory import MemoryPlan, matrix_bytes, plan_memory, resident_bytes, sizes
+from adamix.progress import Progress, timed
+from adamix.source.architecture import Architecture
+from adamix.source.checkpoints import Checkpoint
+from adamix.source.models import load_model, skeleton
+from adamix.source.targets import Survey, Target, Treatment, read_pair
+from adamix.storage.log import MatrixRow, Spectrum
+from adamix.storage.pack import pack
+from adamix.storage.work import CompressedMatrix, WorkFolder
+
+TITLE = "calibrating and compressing"
+FREQUENCY_FLOOR = 0.01  # of the mean token frequency: what the row of an unseen token weighs
+
+
+@dataclass(frozen=True)
+class MatrixRun:
+    """The calibration and compression of one model's matrices."""
+
+    sources: tuple[Checkpoint, Checkpoint]
+    found: Survey
+    architecture: Architecture
+    config: Config
+    budget_bits: dict[str, int]
+    work: WorkFolder
+    executor: Executor
+    threads: int
+    max_memory: int | None
+    progress: Progress
+    seconds: dict[str, float]
+
+    def matrices(self, tokens: Tensor, finished: dict[str, CompressedMatrix]
+                 ) -> dict[str, CompressedMatrix]:
+        """Every compressed matrix by name, sorted.
+
+        A block's matrices are compressed while the next blocks are calibrated.
+
+        Args:
+            tokens: int64 `[sequences, length]`.
+            finished: what an earlier run has done.
+        """
+        done = dict(finished)
+        frequency = token_frequency(tokens, self.architecture.vocabulary)
+        targets = {target.name: target for target in self.found.of(
+            Treatment.LINEAR, Treatment.EMBEDDING) if target.name not in done}
+        users = self._users(targets)
+        plan = self._plan(tokens, users, targets.values(), whole=False)
+        jobs = _Jobs(self.executor, done, plan)
+
+        def submit(gram: Tensor | None, names: list[str]) -> None:
+            group = [targets.pop(name) for name in names]
+            size = max(map(self._job_bytes, group))
+            jobs.submit(size, self._compress_group, gram, group, frequency)
+
+        self.progress.stage(TITLE, len(targets))
+        with timed(self.seconds, "calibration and compression"):
+            for name in sorted(targets.keys() - {n for names in users.values() for n in names}):
+                submit(None, [name])  # an embedding, whose inputs are one-hot
+            for modules, gram in self._grams(tokens, users, plan, jobs) if users else ():
+                submit(gram, [name for module in modules for name in users[module]])
+                del gram
+                jobs.make_room()
+            for name in list(targets):  # of modules that the model never calls
+                submit(None, [name])
+            jobs.finish()
+        return {name: done[name] for name in sorted(done)}
+
+    def _users(self, targets: dict[str, Target]) -> dict[str, list[str]]:
+        """{linear layer: the targets that its inputs calibrate}: its weight, and the embedding
+        where that is the head's weight too."""
+        users = {_module(name): [name] for name, target in targets.items()
+                 if target.treatment is Treatment.LINEAR}
+        if self.architecture.tied and self.architecture.embedding in targets:
+            users[_module(self.architecture.head or "")] = [self.architecture.embedding]
+        return users
+
+    def _job_bytes(self, target: Target) -> int:
+        return matrix_bytes(target.shape, self.budget_bits[target.name], self.config)
+
+    def _plan(self, tokens: Tensor, users: dict[str, list[str]], targets: Collection[Target], *,
+              whole: bool) -> MemoryPlan:
+        """How to keep to `max_memory` from here on."""
+        if self.max_memory is None:
+            return MemoryPlan.unbounded(self.threads)
+        shapes = {name: shape for name, (shape, _) in self.sources[1].headers.items()}
+        found = sizes(shapes, [name for names in users.values() for name in names],
+                      self.architecture.hidden, tuple(tokens.shape), whole=whole)
+        results = sum(self.budget_bits.values()) // 8
+        exact = sum(target.numel * target.dtype.itemsize for target in
+                    self.found.of(Treatment.WHOLE))
+        # A matrix is held with its spectrum; written, all are held twice more.
+        return plan_memory(self.max_memory, resident_bytes() + 2 * results, found,
+                           max(map(self._job_bytes, targets), default=0), 2 * results + 3 * exact,
+                           self.threads)
+
+    def _grams(self, tokens: Tensor, users: dict[str, list[str]], plan: MemoryPlan, jobs: _Jobs
+               ) -> Iterator[tuple[list[str], Tensor]]:
+        """Modules that share an input, with their Gram matrix: block by block where the model's
+        code allows that, else with the whole model in memory."""
+        finetuned = self.sources[1]
+        shapes = {name: shape for name, (shape, _) in finetuned.headers.items()}
+        jobs.make_room()
+        try:
+            with self.work.scratch() as states:
+                stream = BlockStream(skeleton(finetuned.folder), tokens, users.keys(), shapes,
+                                     finetuned.read, states if plan.states_on_disk else None)
+                groups = stream.groups
+                yield from _by_group(groups, stream.grams(
+                    groups, executor=self.executor, threads=plan.threads, max_bytes=plan.grams))
+        except Unsuited as why:
+            self.progress.stage(f"{TITLE}, with the whole model in memory ({why})",
+                                sum(map(len, users.values())))
+            jobs.finish()
+            targets = self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
+            jobs.plan = plan = self._plan(tokens, users, targets, whole=True)
+            yield from self._whole_grams(load_model(finetuned.folder), tokens, users.keys(), plan)
+
+    def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: Collection[str],
+                     plan: MemoryPlan) -> Iterator[tuple[list[str], Tensor]]:
+        linears = {name: module for name, module in model.named_modules() if name in wanted}
+        groups = shared_inputs(model, tokens, linears)
+        widths = {leader: linears[leader].in_features for leader in groups}
+        threads = plan.threads
+        for run in passes(widths, plan.grams // (threads + 1)):
+            size = sum(4 * widths[leader] ** 2 for leader in run)
+            grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
+                               executor=self.executor,
+                               ahead=max(1, min(threads, plan.grams // size - 1)))
+            yield from _by_group(groups, iter([grams]))
+
+    def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
+                        ) -> dict[str, CompressedMatrix]:
+        """The matrices that read one input, one after the other."""
+        n = targets[0].shape[1]
+        if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
+            gram = None
+        with _named(targets[0].name):
+            H = identity(n) if gram is None else hessian(gram, self.config.damping)
+        compressed = {}
+        for target in targets:
+            weights = frequency if target.treatment is Treatment.EMBEDDING else None
+            pair = read_pair(*self.sources, target)
+            with _named(target.name):
+                matrix = self._compress_pair(pair, H, gram, weights)
+            self.work.keep(matrix)
+            compressed[target.name] = matrix
+            self.progress.advance()
+        return compressed
+
+    def _compress_pair(self, pair: WeightPair, H: Hessian, gram: Tensor | None,
+                       frequency: Tensor | None) -> CompressedMatrix:
+        start = time.perf_counter()
+        weights = None if frequency is None else frequency[: pair.base.shape[0]]
+        result = quantize_matrix(pair.delta, H, self.config, row_weights=weights,
+                                 budget_bits=self.budget_bits[pair.name])
+        packed = pack(result.delta)
+        error = relative_error(pair.delta, packed.dequantize(), gram, weights)
+        if not math.isfinite(error):
+            raise NonFiniteError(f"its relative error is {error}")
+        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
+        spectrum = Spectrum(result.singular_values, result.errors, result.widths)
+        return CompressedMatrix(packed, row, spectrum)
+
+
+def _by_group(groups: dict[str, list[str]], found: Iterator[dict[str, Tensor]]
+              ) -> Iterator[tuple[list[str], Tensor]]:
+    """One Gram matrix at a time, with no other hold on it."""
+    for grams in found:
+        while grams:
+            leader = next(iter(grams))
+            yield groups[leader], grams.pop(leader)
+
+
+class _Jobs:
+    """Groups of matrices that are being compressed, and the bytes that they take."""
+
+    def __init__(self, executor: Executor, done: dict[str, CompressedMatrix], plan: MemoryPlan
+                 ) -> None:
+        self.plan = plan
+        self._executor, self._done = executor, done
+        self._running: dict[Future[dict[str, CompressedMatrix]], int] = {}
+
+    def submit(self, size: int, compress: Callable[..., dict[str, CompressedMatrix]],
+               gram: Tensor | None, group: list[Target], frequency: Tensor) -> None:
+        """Begin a group, which takes `size` bytes, as soon as there is room for it."""
+        waiting = 0 if gram is None else gram.nbytes
+        if self.plan.free is None:
+            size = waiting  # with no bound only what waits counts, so that it does not pile up
+        else:
+            self._wait(self.plan.free - size - waiting)
+        self._running[self._executor.submit(compress, gram, group, frequency)] = size
+
+    def make_room(self) -> None:
+        """Wait until the next inputs can be taken.
+
+        Without a bound as soon as few enough groups are left that no thread will run out of them:
+        to be further ahead costs memory and brings nothing.
+        """
+        plan = self.plan
+        if plan.free is None:
+            self._wait(plan.grams, 2 * plan.threads)
+        else:
+            self._wait(plan.free - plan.making)
+
+    def finish(self) -> None:
+        """Wait for all."""
+        self._wait(-1)
+
+    def _wait(self, most: int, groups: float = math.inf) -> None:
+        """Until the running groups take no more than so many bytes, and are no more than so many.
+        Raises their errors."""
+        while self._running:
+            ended = [future for future in self._running if future.done()]
+            for future in ended:
+                del self._running[future]
+                self._done.update(future.result())
+            if sum(self._running.values()) <= most and len(self._running) <= groups:
+                return
+            if not ended:
+                wait(self._running, return_when=FIRST_COMPLETED)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the tensor's name before a fault in the block, and make it one of ours."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # LinAlgError is a RuntimeError
+        kind = type(error) if isinstance(error, AdamixError) else AdamixError
+        raise kind(f"{name} cannot be compressed: {error}") from error
+
+
+def token_frequency(tokens: Tensor, vocabulary: int) -> Tensor:
+    """How often each token occurs, plus 1 % of the mean: what an embedding's rows weigh, fp64."""
+    counts = torch.bincount(tokens.flatten(), minlength=vocabulary).double()
+    return counts + FREQUENCY_FLOOR * counts.mean()
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")

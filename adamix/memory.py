@@ -1,0 +1,171 @@
+"""What the steps of a compression take at most, and how a run keeps to a bound.
+
+Every figure is in bytes and an upper bound: counted from the arrays that are alive at once in the
+code that it stands for (`python_tests/test_memory.py` measures them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from adamix.calibration.gram import CHUNK, MAX_GRAM_BYTES
+from adamix.calibration.sampling import chunk_bytes
+from adamix.compression.matrix import component_bits
+from adamix.config import Config
+from adamix.errors import CalibrationError, MemoryLimitError
+from adamix.naming import index_of
+
+ARENA_BYTES = 64 * 2**20  # what a thread's allocator keeps of small arrays that were freed
+
+
+def resident_bytes() -> int:
+    """What this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def matrix_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> int:
+    """Compressing one matrix `[out, in]`, its inputs' Gram matrix and Hessian included."""
+    out, n = shape
+    least = component_bits(shape, min(config.bit_widths))
+    candidates = min(budget_bits // least, out, n)
+    lanes = candidates * len(config.bit_widths)
+    weights = out * n
+    # The Gram matrix in fp32, and at once matrix, lower, inverse, its factor in fp64 and in fp32.
+    hessian = 4 * n * n + 36 * n * n
+    kept = 4 * n * n + 20 * n * n
+    pair = 2 * 4 * weights + 4 * weights  # both sides (fp32 at most), and their difference
+    doubles = 8 * 3 * weights  # ΔW, weighted by rows, and one product of it
+    decompose = doubles + 8 * 5 * min(out, n) ** 2
+    simulate = doubles + max(36 * lanes * n, 10 * lanes * n + 28 * lanes * out)
+    error = 8 * 3 * weights + 8 * n * n
+    return max(hessian, kept + pair + max(decompose, simulate, error))
+
+
+def check_survey(limit: int, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse a bound that reading a tensor of both models breaks: the pair as stored, what it is
+    compared by, and the masks of a test.
+
+    Raises:
+        MemoryLimitError: the sentence says what would do.
+    """
+    needed = resident_bytes() + 12 * max(map(math.prod, shapes), default=0)
+    if needed > limit:
+        raise MemoryLimitError(f"--max-memory of {limit / 1e9:.2f} GB is too little: reading the "
+                               f"largest tensor of both models takes {needed / 1e9:.2f} GB")
+
+
+def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: PretrainedConfig,
+                     length: int, threads: int) -> int:
+    """How many chunks of text the model can write at a time.
+
+    Raises:
+        CalibrationError: none.
+    """
+    numels = [math.prod(shape) for shape in shapes]
+    fixed = resident_bytes() + 4 * sum(numels) + 8 * max(numels) + ARENA_BYTES * (threads + 1)
+    chunk = chunk_bytes(config, length)
+    if fixed + chunk > limit:
+        raise CalibrationError(
+            f"the fine-tuned model takes {(fixed + chunk) / 1e9:.2f} GB to write its own "
+            f"calibration text, and --max-memory is {limit / 1e9:.2f} GB: give --calibration FILE")
+    return min(threads, (limit - fixed) // chunk)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's calibration handles."""
+
+    states: int  # hidden states of all tokens, fp32
+    resident: int  # the largest part of the model that is in memory at a time
+    widest: int  # inputs of the widest layer asked for; 0 where none is
+    activations: int  # of one chunk
+
+
+def sizes(shapes: Mapping[str, tuple[int, ...]], linears: Iterable[str], hidden: int,
+          tokens: tuple[int, int], *, whole: bool) -> Sizes:
+    """Counted from the shapes of a checkpoint's tensors.
+
+    Args:
+        shapes: by name.
+        linears: names of the weights whose inputs are asked for.
+        hidden: size of a hidden state.
+        tokens: sequences and their length.
+        whole: the model is in memory whole, as for its own text.
+    """
+    by_block: dict[int, int] = {}
+    outputs: dict[int, int] = {}
+    outside = [0]
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        if index_of(name):
+            block = index_of(name)[0]
+            by_block[block] = by_block.get(block, 0) + numel
+            outputs[block] = outputs.get(block, 0) + (shape[0] if len(shape) == 2 else 0)
+        else:
+            outside.append(numel)
+    chunk = min(CHUNK, tokens[0]) * tokens[1]
+    total = sum(by_block.values()) + sum(outside)
+    asked = [shapes[name] for name in linears]
+    activations = 4 * chunk * (2 * max(outputs.values(), default=0) + 8 * hidden)
+    if whole:  # where the head's inputs are asked for, its outputs come too
+        activations += 4 * 2 * chunk * max((shape[0] for shape in asked), default=0)
+    return Sizes(
+        states=0 if whole else 4 * tokens[0] * tokens[1] * hidden,
+        # fp32; of what is not in the blocks, an embedding as a rule, also as it was read
+        resident=4 * total if whole else max(4 * max(by_block.values(), default=0),
+                                             8 * max(outside)),
+        widest=max((shape[1] for shape in asked), default=0), activations=activations)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run keeps to its bound, or to MAX_GRAM_BYTES of Gram matrices where it has none."""
+
+    free: int | None  # for calibrating and compressing together; None: no bound
+    grams: int  # Gram matrices in the making
+    making: int  # those and the activations beside them
+    threads: int  # chunks of tokens at a time
+    states_on_disk: bool
+
+    @classmethod
+    def unbounded(cls, threads: int) -> MemoryPlan:
+        """Without a bound of the user's."""
+        half = MAX_GRAM_BYTES // 2
+        return cls(None, half, half, threads, False)
+
+
+def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: int, threads: int
+                ) -> MemoryPlan:
+    """Share a bound out.
+
+    Args:
+        limit: of the whole process.
+        held: by the process already, and by what it will keep to its end.
+        found: what calibrating handles.
+        largest_job: of `matrix_bytes`.
+        writing: what the output takes while it is written, when all else is over.
+        threads: at most.
+
+    Raises:
+        MemoryLimitError: not even one matrix at a time fits; the sentence says what would.
+    """
+    gram = 4 * found.widest**2
+    least = 3 * gram + found.activations  # the sum, a chunk's part, and the product in the making
+    needed = max(found.resident + max(least, largest_job + gram), writing)
+    fixed = held + ARENA_BYTES * (threads + 1)
+    on_disk = fixed + found.states + needed > limit or 3 * found.states > limit - fixed
+    if fixed + needed > limit:
+        raise MemoryLimitError(
+            f"--max-memory of {limit / 1e9:.2f} GB is too little: one matrix at a time takes "
+            f"{(fixed + needed) / 1e9:.2f} GB")
+    free = limit - fixed - found.resident - (0 if on_disk else found.states)
+    making = max(least, min(free // 3, free - largest_job))
+    a_chunk = found.activations + gram
+    at_a_time = max(1, min(threads, making // 2 // max(a_chunk, 1)))
+    return MemoryPlan(free, max(making - at_a_time * a_chunk, 2 * gram), making, at_a_time, on_disk)

@@ -132,7 +132,7 @@ def test_the_narrowest_plan_writes_the_same_bytes(tmp_path, monkeypatch):
     limited(monkeypatch, MemoryPlan(largest + 4 * 96**2, 1, largest, 1, True))
     monkeypatch.setattr(matrices, "quantize_matrix", alone)
     monkeypatch.setattr(matrices, "BlockStream", stream)
-    compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=3, max_memory=GB)
+    compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=3, max_memory=64 * GB)
     assert_same_files(tmp_path / "d", pair.delta)
     assert max(most) == 1 and on_disk[0] is not None and not on_disk[0].exists()
 

@@ -3,7 +3,7 @@
 #include "delta_gemm/delta_gemm_cuda.h"
 #include "delta_gemm/few_tokens.cuh"
 #include "delta_gemm/many_tokens.cuh"
-#include "delta_gemm/one_token.cuh"
+#include "delta_gemm/each_token.cuh"
 #include "delta_gemm/routes.cuh"
 
 namespace adamix {
@@ -47,11 +47,11 @@ cudaError_t launch_delta_gemm(const DeltaGemmCudaArgs& args, cudaStream_t stream
   for (int64_t first = 0; first < args.tokens; first += kFewTokens) {
     const int64_t count = std::min<int64_t>(kFewTokens, args.tokens - first);
     const DeltaGemmCudaArgs slice = slice_tokens(args, first, count);
-    const bool one = is_one_token(slice);
+    const bool one = is_each_token(slice);
     cudaError_t status =
-        one ? launch_one_token_down(slice, stream) : launch_few_tokens_down(slice, stream);
+        one ? launch_each_token_down(slice, stream) : launch_few_tokens_down(slice, stream);
     if (status != cudaSuccess) return status;
-    status = one ? launch_one_token_up(slice, stream) : launch_few_tokens_up(slice, stream);
+    status = one ? launch_each_token_up(slice, stream) : launch_few_tokens_up(slice, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;

@@ -42,7 +42,7 @@ struct alignas(16) DownShared {
 
 using DownStream = StageStream<DownWalk, kDownDepth, kDownStageWords>;
 
-template <typename T, bool kOnePart>
+template <typename T, bool kEachPart>
 class Down {
  public:
   __device__ Down(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
@@ -54,7 +54,7 @@ class Down {
 
   __device__ void run() {
     const DownTiles cut = {panels_};
-    if constexpr (kOnePart) {
+    if constexpr (kEachPart) {
       WarpRoute route;
       const bool routes = threadIdx.x < 32;
       if (routes) route.read_slots(args_);
@@ -66,10 +66,10 @@ class Down {
       __syncwarp();
       if (routes) route.take_part(shared_.routes, cut);
     } else {
-      find_route<kOnePart>(args_, shared_.routes, cut);
+      find_route<kEachPart>(args_, shared_.routes, cut);
     }
     __syncthreads();
-    for_parts<kOnePart>(args_, shared_.routes, cut,
+    for_parts<kEachPart>(args_, shared_.routes, cut,
                         [this](const Part& part, const Entry& entry) { run_part(part, entry); });
   }
 
@@ -306,21 +306,21 @@ class Down {
   bool loaded_ = false;    // whether all their digits are
 };
 
-template <typename T, bool kOnePart>
+template <typename T, bool kEachPart>
 __global__ void __launch_bounds__(kMaxDownWarps * 32, 1)
     down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                 const __grid_constant__ DownPlan plan) {
   auto& shared = *static_cast<DownShared*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: what it reads early is what came before this kernel
-  Down<T, kOnePart>(args, plan, shared).run();
+  Down<T, kEachPart>(args, plan, shared).run();
 }
 
-template <bool kOnePart>
+template <bool kEachPart>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? down_kernel<float, kOnePart>
-         : element == Element::kHalf ? down_kernel<__half, kOnePart>
-                                     : down_kernel<__nv_bfloat16, kOnePart>;
+  return element == Element::kFloat  ? down_kernel<float, kEachPart>
+         : element == Element::kHalf ? down_kernel<__half, kEachPart>
+                                     : down_kernel<__nv_bfloat16, kEachPart>;
 }
 
 // Chunks of panels, all about as large, of which so many planes of digits have room.

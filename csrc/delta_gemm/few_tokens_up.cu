@@ -25,7 +25,7 @@ struct alignas(16) UpShared {
 
 using UpStream = StageStream<UpWalk, kUpDepth, kUpStageWords>;
 
-template <typename T, bool kOnePart>
+template <typename T, bool kEachPart>
 class Up {
  public:
   __device__ Up(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
@@ -37,9 +37,9 @@ class Up {
 
   __device__ void run() {
     const UpTiles cut = {args_.layers};
-    find_route<kOnePart>(args_, shared_.routes, cut);
+    find_route<kEachPart>(args_, shared_.routes, cut);
     __syncthreads();
-    for_parts<kOnePart>(args_, shared_.routes, cut,
+    for_parts<kEachPart>(args_, shared_.routes, cut,
                         [this](const Part& part, const Entry& entry) { run_part(part, entry); });
     if (!waited_) wait_for_previous_kernel();  // else the kernel after could overtake `down`
   }
@@ -63,7 +63,7 @@ class Up {
               panels = part.end - part.begin;
     const int each = panels <= room ? panels : divide_up(panels, divide_up(panels, room));
     for (int panel = part.begin; panel < part.end; panel += each) {
-      if (panel > part.begin || !kOnePart) __syncthreads();  // the sums before are read
+      if (panel > part.begin || !kEachPart) __syncthreads();  // the sums before are read
       run_batch(panel, min(panel + each, part.end));
     }
   }
@@ -357,19 +357,19 @@ class Up {
   bool waited_ = false;
 };
 
-template <typename T, bool kOnePart>
+template <typename T, bool kEachPart>
 __global__ void __launch_bounds__(kMaxUpWarps * 32, 1)
     up_kernel(const __grid_constant__ DeltaGemmCudaArgs args, const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  Up<T, kOnePart>(args, plan, shared).run();
+  Up<T, kEachPart>(args, plan, shared).run();
 }
 
-template <bool kOnePart>
+template <bool kEachPart>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? up_kernel<float, kOnePart>
-         : element == Element::kHalf ? up_kernel<__half, kOnePart>
-                                     : up_kernel<__nv_bfloat16, kOnePart>;
+  return element == Element::kFloat  ? up_kernel<float, kEachPart>
+         : element == Element::kHalf ? up_kernel<__half, kEachPart>
+                                     : up_kernel<__nv_bfloat16, kEachPart>;
 }
 
 }  // namespace

@@ -254,10 +254,10 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, c
 }
 
 // Groups, entries and parts. A barrier must follow.
-template <bool kOnePart, typename Tiles>
+template <bool kEachPart, typename Tiles>
 __device__ __forceinline__ void find_route(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
                                            const Tiles& cut) {
-  if constexpr (!kOnePart) {
+  if constexpr (!kEachPart) {
     make_groups(args, routes);
     share_out(args, routes, cut);
   } else if (threadIdx.x < 32) {
@@ -308,10 +308,10 @@ __device__ __noinline__ Part part_of_share(const SharedRoutes& routes, const Til
 
 // body(part, entry) for all of this thread block's, one after the other. It is called in one place:
 // kernels are large, and twice as many instructions would be twice as many to fetch.
-template <bool kOnePart, typename Tiles, typename Body>
+template <bool kEachPart, typename Tiles, typename Body>
 __device__ __forceinline__ void for_parts(const DeltaGemmCudaArgs& args, SharedRoutes& routes,
                                           const Tiles& cut, Body body) {
-  if constexpr (kOnePart) {
+  if constexpr (kEachPart) {
     const Part part = routes.part;
     if (part.begin < part.end) body(part, routes.entries[part.entry]);
   } else {

@@ -1,12 +1,15 @@
+#include <limits>
+
 #include "common/cuda_launch.cuh"
+#include "delta_gemm/each_token.cuh"
 #include "delta_gemm/elements.cuh"
 #include "delta_gemm/few_tokens_up_product.cuh"
-#include "delta_gemm/one_token.cuh"
 
-// y += U z for one token; see one_token.cuh. A tile: 1, 2, 4 or 8 adjacent blocks of U's lanes, so
-// 32 to 256 outputs, all components. U's codes become an operand of the byte product while `down`
-// still runs: a thread turns its four components' words, so that a word holds one output of all
-// four, takes the codes out and puts them to shared memory,
+// y += U z; see each_token.cuh. A tile: 1, 2, 4 or 8 adjacent blocks of U's lanes, so 32 to 256
+// outputs, all components; a thread block has some of a token's that follow each other. U's codes
+// become an operand of the byte product, those of the first tile while `down` still runs: a thread
+// turns its four components' words, so that a word holds one output of all four, takes the codes
+// out and puts them to shared memory,
 //
 //   group of 16 components | block | 16 outputs | thread 4g + t of the product: 2 words
 //
@@ -21,21 +24,20 @@ constexpr int kRowWords = 64;                            // of 16 outputs and co
 constexpr int kBlockWords = kBlockRows * kRowWords + 8;  // 8: blocks begin in different banks
 constexpr int kMaxShift = 3;                             // a tile is in one panel
 constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
-constexpr int kMaxGroups = (groups_of(kOneRank) + kMaxBits + 3) / 4 * 4;
 
 struct UpPlan {
   int shift;   // a tile has 1 << shift blocks
   int stages;  // of a chunk: what is in shared memory at a time
   int z_row;
   int plane_words;  // of a digit of z: planes begin in different banks
-  int first_tile[kMaxLayers];
+  int first_tile[kMaxLayers + 1];
 };
 
 struct alignas(16) UpShared {
   SharedRows rows;
   int32_t sums[kBlockRows << kMaxShift][kTileRows][kSumDigits];
-  uint32_t largest[32];            // of each warp's values
-  uint32_t top_codes[kMaxGroups];  // the largest code of a group's width in every byte
+  uint32_t largest[32];      // of each warp's values
+  int64_t tops[kEachWarps];  // sums of each warp's numbers times the largest code of their width
 };
 
 // Four components' blocks of 32 outputs, one output a word, four components in its bytes as in a
@@ -63,47 +65,77 @@ __device__ __forceinline__ void unpack_quad(const uint32_t (&words)[kQuadLanes][
 }
 
 template <typename T, int kShift>
-class OneTokenUp {
+class EachTokenUp {
   // Of a tile, and what else follows from it.
   static constexpr int kBlocks = 1 << kShift, kOutputs = kBlockCodes * kBlocks;
   static constexpr int kRows = kBlockRows * kBlocks;               // of 16 outputs
-  static constexpr int kSplits = kOneWarps / kRows;                // warps that share them
+  static constexpr int kSplits = kEachWarps / kRows;               // warps that share them
   static constexpr int kStageGroups = (1 << kMaxShift) / kBlocks;  // of a stage
   static constexpr int kGroupWords = kBlockWords * kBlocks;
   static constexpr int kUnroll = kSplits > 2 ? 1 : 2;  // steps of a warp, which has some or many
 
  public:
-  __device__ OneTokenUp(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
+  __device__ EachTokenUp(const DeltaGemmCudaArgs& args, const UpPlan& plan, UpShared& shared)
       : args_(args), plan_(plan), shared_(shared) {
     planes_ = reinterpret_cast<uint32_t*>(&shared + 1);
     codes_ = planes_ + kDigits * plan.plane_words;
-    layer_ = 0;
-    const int block = static_cast<int>(blockIdx.x);
-    while (layer_ + 1 < args.layer_count && block >= plan.first_tile[layer_ + 1]) ++layer_;
-    out_ = static_cast<int>(args.layers[layer_].out);
-    blocks_ = static_cast<int>((static_cast<uint32_t>(out_) + kBlockCodes - 1) / kBlockCodes);
-    first_block_ = (block - plan.first_tile[layer_]) * kBlocks;
   }
 
+  // A thread block's tiles may be of several layers.
   __device__ void run() {
+    int rest;
+    const int before = plan_.first_tile[args_.layer_count] * static_cast<int>(blockIdx.x);
+    const int parts = static_cast<int>(gridDim.x);
+    const int begin = divide(before, parts, rest);
+    const int end = divide(before + plan_.first_tile[args_.layer_count], parts, rest);
+    bool begun = false, waited = false;
+#pragma unroll 1
+    for (layer_ = 0; layer_ < args_.layer_count; ++layer_) {
+      const int first = max(begin - plan_.first_tile[layer_], 0);
+      const int last = min(end, plan_.first_tile[layer_ + 1]) - plan_.first_tile[layer_];
+      if (first >= last) continue;
+      if (begun) __syncthreads();  // the layer before is done
+      begun = true;
+      waited |= run_layer(first, last);
+    }
+    // Not without waiting: else the kernel after could overtake `down`.
+    if (!waited) wait_for_previous_kernel();
+  }
+
+ private:
+  __device__ __forceinline__ static int token() { return static_cast<int>(blockIdx.y); }
+
+  // Whether it has waited for `down`.
+  __device__ __forceinline__ bool run_layer(int first, int last) {
     RowOfToken row_of_token;
-    row_of_token.fetch(args_, layer_);
+    row_of_token.fetch(args_, layer_, token());
     zero_sums();
     row_of_token.store(shared_.rows);
     __syncthreads();
     const int row = RowOfToken::find(args_, shared_.rows);
-    if (row < 0) return wait_for_previous_kernel();
+    if (row < 0) return false;
     row_ = shared_.rows.words + row;
     const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
       return (groups_of(count) + kStageGroups - 1) / kStageGroups;
     });
-    // Not without waiting: else the kernel after could overtake `down`.
-    if (widths.empty()) return wait_for_previous_kernel();
-    run_tile(widths);
+    if (widths.empty()) return false;
+    out_ = static_cast<int>(args_.layers[layer_].out);
+    blocks_ = static_cast<int>((static_cast<uint32_t>(out_) + kBlockCodes - 1) / kBlockCodes);
+    // Not where every warp soon has all that it reads.
+    const bool soon = last - first == 1 && widths.units() <= kEachWarps;
+    prefetched_ = first * kBlocks / kPanelBlocks + soon;
+    end_panel_ = (last * kBlocks + kPanelBlocks - 1) / kPanelBlocks;
+#pragma unroll 1
+    for (int tile = first; tile < last; ++tile) {
+      first_block_ = tile * kBlocks;
+      run_tile(widths, tile == first);
+    }
+    return true;
   }
 
- private:
-  __device__ __forceinline__ void run_tile(const Widths& widths) {
+  __device__ __forceinline__ void run_tile(const Widths& widths, bool first_tile) {
+    prefetch_panels(widths);
+    if (!first_tile) load_y();
     int first_group = 0;
 #pragma unroll 1
     for (int stage = 0; stage < widths.units(); stage += plan_.stages) {
@@ -113,14 +145,12 @@ class OneTokenUp {
       if (stage > 0) __syncthreads();  // the codes before are multiplied
       unpack(widths, stage, last, first_group);
       const Operands part = operands(first_group);  // before the wait
-      if (stage == 0) {
-        set_top_codes(widths);
-        prepare_z(widths.groups());
-      }
+      if (first_tile && stage == 0) prepare_z(widths);
       __syncthreads();
       multiply(part, end_group - first_group);
       first_group = end_group;
     }
+    if (first_tile) tops_ = sum_of_warps(shared_.tops);
     __syncthreads();
     add_to_y();
   }
@@ -131,25 +161,19 @@ class OneTokenUp {
     return stage.groups + stage.unit * kStageGroups;
   }
 
-  __device__ __forceinline__ void set_top_codes(const Widths& widths) {
-#pragma unroll 1
-    for (int first = 0; first < widths.groups(); first += kOneThreads) {
-      const int group = first + static_cast<int>(threadIdx.x);
-      int bits = kMaxBits;
-#pragma unroll
-      for (int i = 0; i < kMaxBits - 1; ++i) bits -= widths.end_of_width(i) <= group;
-      if (group < widths.groups()) {
-        shared_.top_codes[group] = max_code(bits) * kEveryByte;
-      }
-    }
-  }
-
-  // The panel, where warps have more than one stage each: so that the next comes from L2.
-  __device__ __forceinline__ static void prefetch_words(const uint32_t* words, int count) {
+  // So that words come from L2: the panel of the tile and the one behind it.
+  __device__ __forceinline__ void prefetch_panels(const Widths& widths) {
     constexpr int kLine = 32;
+    const int panel = static_cast<uint32_t>(first_block_) / kPanelBlocks;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) * kLine; i < count; i += kOneThreads * kLine) {
-      prefetch(words + i);
+    for (; prefetched_ < min(panel + 2, end_panel_); ++prefetched_) {
+      const int first = prefetched_ * kPanelBlocks;
+      const int count = min(blocks_ - first, kPanelBlocks) * widths.column_words();
+      const uint32_t* words = args_.arena + row_[kTableUOffset] + first * widths.column_words();
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x) * kLine; i < count; i += kEachThreads * kLine) {
+        prefetch(words + i);
+      }
     }
   }
 
@@ -162,11 +186,8 @@ class OneTokenUp {
     const int block = lane % kBlocks, of_panel = first_block_ - panel * kPanelBlocks + block;
     const uint32_t* start =
         args_.arena + row_[kTableUOffset] + panel * kPanelBlocks * widths.column_words();
-    if (first == 0 && widths.units() > kOneWarps) {
-      prefetch_words(start, blocks * widths.column_words());
-    }
 #pragma unroll 1
-    for (int unit = first + static_cast<int>(threadIdx.x / 32); unit < last; unit += kOneWarps) {
+    for (int unit = first + static_cast<int>(threadIdx.x / 32); unit < last; unit += kEachWarps) {
       const Place stage = widths.find(unit);
       const int group = stage.unit * kStageGroups + quad / kGroupQuads;  // of the width
       const int component = group * kGroupLanes + j;
@@ -192,35 +213,57 @@ class OneTokenUp {
 
   // --- z
 
+  // The largest code of the width that a quad of components has, 0 behind the last one; all lanes
+  // ask together.
+  __device__ __forceinline__ static int top_code(const Widths& widths, int quad) {
+    const int group = quad / kGroupQuads;
+    int bits = kMaxBits;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) bits -= widths.end_of_width(i) <= group;
+    return static_cast<int>(max_code(bits));
+  }
+
   // z's digits. A barrier must follow.
-  __device__ __forceinline__ void prepare_z(int groups) {
+  __device__ __forceinline__ void prepare_z(const Widths& widths) {
+    const int quads = widths.groups() * kGroupQuads, mine = threadIdx.x;
+    int top = top_code(widths, mine);
     wait_for_previous_kernel();
-    const auto* z = reinterpret_cast<const float4*>(static_cast<const float*>(args_.scratch) +
-                                                    layer_ * plan_.z_row);
-    const int quads = groups * kGroupQuads;
-    const int mine = threadIdx.x;
+    const auto* z = reinterpret_cast<const float4*>(z_of(args_, layer_, token(), plan_.z_row));
     float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (mine < quads) four = z[mine];
-    if (mine < outputs()) y_ = y()[mine];
+    load_y();
     uint32_t largest = 0;
 #pragma unroll 1
-    for (int i = mine + kOneThreads; i < quads; i += kOneThreads) {
+    for (int i = mine + kEachThreads; i < quads; i += kEachThreads) {
       largest = max(largest, largest_of(z[i]));
     }
     put_warp_max(max(largest, largest_of(four)), shared_.largest);
     __syncthreads();
-    const Unit unit = unit_for(max_of_warps(shared_.largest, kOneWarps));
+    const Unit unit = unit_for(max_of_warps(shared_.largest, kEachWarps));
     unit_ = unit.unit;
+    int64_t tops = 0;
 #pragma unroll 1
-    for (int i = mine; i < quads;) {
-      const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
-      uint32_t digit[kDigits];
-      digits_of_field(values, unit, digit);
-#pragma unroll
-      for (int d = 0; d < kDigits; ++d) planes_[d * plan_.plane_words + i] = digit[d];
-      i += kOneThreads;
+    for (int i = mine; i - mine < quads;) {
+      if (i < quads) tops += int64_t{top} * store_quad(four, unit, i);
+      i += kEachThreads;
       if (i < quads) four = z[i];
+      if (i - mine < quads) top = top_code(widths, i);
     }
+    put_warp_sum(tops, shared_.tops, false);
+  }
+
+  // Its digits to shared memory; returns the sum of its numbers.
+  __device__ __forceinline__ int store_quad(const float4& four, const Unit& unit, int i) {
+    const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
+    uint32_t digit[kDigits];
+    digits_of_field(values, unit, digit);
+    int sums[kDigits];
+#pragma unroll
+    for (int d = 0; d < kDigits; ++d) {
+      planes_[d * plan_.plane_words + i] = digit[d];
+      sums[d] = sum_bytes(digit[d], 0);
+    }
+    return static_cast<int>(join_digits(sums[0], sums[1], sums[2]));
   }
 
   __device__ __forceinline__ static uint32_t largest_of(const float4& four) {
@@ -232,7 +275,7 @@ class OneTokenUp {
 
   // Where a warp's part of a chunk begins.
   struct Operands {
-    const uint32_t *codes, *z, *tops;
+    const uint32_t *codes, *z;
   };
 
   __device__ __forceinline__ Operands operands(int first_group) const {
@@ -240,40 +283,34 @@ class OneTokenUp {
     return {codes_ + begin * kGroupWords + tile_row() / kBlockRows * kBlockWords +
                 tile_row() % kBlockRows * kRowWords + lane * 2,
             planes_ + min(lane / 4, kDigits - 1) * plan_.plane_words +
-                (first_group + begin) * kGroupQuads + lane % 4,
-            shared_.top_codes + first_group + begin};
+                (first_group + begin) * kGroupQuads + lane % 4};
   }
 
-  // A warp's 16 outputs times its pairs of groups: levels, which are 2 * code - (2^b - 1).
+  // A warp's 16 outputs times its pairs of groups.
   __device__ __forceinline__ void multiply(const Operands& operands, int groups) {
-    auto [codes, z, tops] = operands;
+    auto [codes, z] = operands;
     const int begin = threadIdx.x / 32 / kRows * 2;
-    int32_t of_codes[4] = {}, of_tops[4] = {};
+    int32_t sum[4] = {};
 #pragma unroll kUnroll
     for (int left = groups - begin; left > 0; left -= kSplits * 2) {
       const uint2 a = *reinterpret_cast<const uint2*>(codes);
       uint2 b = make_uint2(0, 0);
-      uint32_t next_top = 0, next = 0;
+      uint32_t next = 0;
       if (left > 1) {
         b = *reinterpret_cast<const uint2*>(codes + kGroupWords);
-        next_top = tops[1];
         next = z[kGroupQuads];
       }
-      mma_u8s8(of_codes, a.x, a.y, b.x, b.y, z[0], next);
-      mma_u8s8(of_tops, tops[0], tops[0], next_top, next_top, z[0], next);
+      mma_u8s8(sum, a.x, a.y, b.x, b.y, z[0], next);
       codes += kSplits * 2 * kGroupWords;
-      tops += kSplits * 2;
       z += kSplits * 2 * kGroupQuads;
     }
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     if (t >= kSumDigits / 2) return;
     int32_t* where = &shared_.sums[tile_row()][g][t * 2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      atomicAdd(where + i / 2 * 8 * kSumDigits + i % 2, 2 * of_codes[i] - of_tops[i]);
-    }
+    for (int i = 0; i < 4; ++i) atomicAdd(where + i / 2 * 8 * kSumDigits + i % 2, sum[i]);
   }
-  static_assert(int64_t{2} * 255 * 128 * kOneRank < int64_t{1} << 31);
+  static_assert(int64_t{255} * 128 * kEachRank < int64_t{1} << 31);
 
   // Which 16 outputs of the tile are the warp's.
   __device__ __forceinline__ static int tile_row() { return threadIdx.x / 32 % kRows; }
@@ -287,19 +324,29 @@ class OneTokenUp {
   // --- y, one output a thread
 
   __device__ __forceinline__ T* y() const {
-    return static_cast<T*>(args_.layers[layer_].y) + first_block_ * kBlockCodes;
+    const DeltaLayer& layer = args_.layers[layer_];
+    return static_cast<T*>(layer.y) + token() * layer.y_row_stride + first_block_ * kBlockCodes;
   }
 
-  __device__ __forceinline__ int outputs() const {
-    return min(out_ - first_block_ * kBlockCodes, kOutputs);
+  __device__ __forceinline__ bool has_output() const {
+    const int left = out_ - first_block_ * kBlockCodes, i = threadIdx.x;
+    return i < kOutputs && i < left;
   }
 
+  __device__ __forceinline__ void load_y() {
+    if (has_output()) y_ = y()[threadIdx.x];
+  }
+
+  // The sums are zeros then, as the next tile wants them.
   __device__ __forceinline__ void add_to_y() {
+    if (!has_output()) return;
     const uint32_t i = threadIdx.x;
-    if (static_cast<int>(i) >= outputs()) return;
-    const int32_t* sums = shared_.sums[i / kTileRows][i % kTileRows / 2 + i % 2 * 8];
-    const float delta = static_cast<float>(join_digits(sums[0], sums[1], sums[2])) * unit_;
-    y()[i] = narrow<T>(widen(y_) + delta);
+    auto* sums =
+        reinterpret_cast<uint4*>(shared_.sums[i / kTileRows][i % kTileRows / 2 + i % 2 * 8]);
+    const uint4 sum = *sums;
+    *sums = make_uint4(0, 0, 0, 0);
+    const int64_t levels = 2 * join_digits(sum.x, sum.y, sum.z) - tops_;
+    y()[i] = narrow<T>(widen(y_) + static_cast<float>(levels) * unit_);
   }
 
   const DeltaGemmCudaArgs& args_;
@@ -308,25 +355,27 @@ class OneTokenUp {
   uint32_t* planes_;  // [digit][plane_words]
   uint32_t* codes_;   // as drawn above
   int layer_, out_, blocks_, first_block_;
+  int prefetched_, end_panel_;  // of the layer's tiles
   const int64_t* row_ = nullptr;
   float unit_ = 0.0f;
+  int64_t tops_ = 0;
   T y_;  // before
 };
 
 template <typename T, int kShift>
-__global__ void __launch_bounds__(kOneThreads, 2)
-    one_token_up_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
-                        const __grid_constant__ UpPlan plan) {
+__global__ void __launch_bounds__(kEachThreads, 2)
+    each_token_up_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
+                         const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  OneTokenUp<T, kShift>(args, plan, shared).run();
+  EachTokenUp<T, kShift>(args, plan, shared).run();
 }
 
 template <int kShift>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? one_token_up_kernel<float, kShift>
-         : element == Element::kHalf ? one_token_up_kernel<__half, kShift>
-                                     : one_token_up_kernel<__nv_bfloat16, kShift>;
+  return element == Element::kFloat  ? each_token_up_kernel<float, kShift>
+         : element == Element::kHalf ? each_token_up_kernel<__half, kShift>
+                                     : each_token_up_kernel<__nv_bfloat16, kShift>;
 }
 
 auto kernel_of(Element element, int shift) {
@@ -339,37 +388,46 @@ auto kernel_of(Element element, int shift) {
 
 // Tiles of 1 << shift blocks, those of all layers one after the other.
 int count_tiles(const DeltaGemmCudaArgs& args, int shift, int* first) {
-  int tiles = 0;
   for (int i = 0; i < args.layer_count; ++i) {
-    first[i] = tiles;
     const int64_t each = int64_t{kBlockCodes} << shift;
-    tiles += static_cast<int>((args.layers[i].out + each - 1) / each);
+    first[i + 1] = first[i] + static_cast<int>((args.layers[i].out + each - 1) / each);
   }
-  return tiles;
+  return first[args.layer_count];
+}
+
+// What a thread block does, in the time of a block of lanes; a tile costs about two more.
+int cost_of_part(int tiles, int parts, int shift) {
+  return (tiles + parts - 1) / parts * ((1 << shift) + 2);
 }
 
 }  // namespace
 
-cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
+cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
   Device device;
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
-  // As small as two thread blocks a multiprocessor allow.
+  const int most = parts_of_token(args, device);
   UpPlan plan = {};
-  int tiles = count_tiles(args, plan.shift, plan.first_tile);
-  while (tiles > 2 * device.multiprocessors && plan.shift < kMaxShift) {
-    tiles = count_tiles(args, ++plan.shift, plan.first_tile);
+  int cost = std::numeric_limits<int>::max();
+  for (int shift = 0; shift <= kMaxShift; ++shift) {
+    const int own = cost_of_part(count_tiles(args, shift, plan.first_tile), most, shift);
+    if (own < cost) cost = own, plan.shift = shift;
   }
-  plan.z_row = one_token_z_row(args);
+  const int tiles = count_tiles(args, plan.shift, plan.first_tile);
+  plan.z_row = each_token_z_row(args);
   const int groups = plan.z_row / kGroupLanes;
   plan.plane_words = (groups * kGroupQuads + 31) / 32 * 32 + 8;
   const int fixed = static_cast<int>(sizeof(UpShared)) + kDigits * plan.plane_words * 4;
   const int group_bytes = kBlockWords * 4 << plan.shift;
   const int of_stage = 1 << (kMaxShift - plan.shift);
-  const int room = (device.shared_bytes / 2 - fixed) / (group_bytes * of_stage);
+  const int share =
+      (device.shared_bytes + kReservedBytes) / kEachPerMultiprocessor - kReservedBytes;
+  const int room = (share - fixed) / (group_bytes * of_stage);
   plan.stages = room * of_stage >= groups ? groups + kMaxBits : room;
   const int bytes = fixed + std::min(room * of_stage, groups) * group_bytes;
-  const Grid grid = {dim3(static_cast<unsigned>(tiles)), kOneThreads, static_cast<size_t>(bytes)};
+  const Grid grid = {
+      dim3(static_cast<unsigned>(std::min(most, tiles)), static_cast<unsigned>(args.tokens)),
+      kEachThreads, static_cast<size_t>(bytes)};
   return launch_overlapped(kernel_of(args.element, plan.shift), grid, device, stream, args, plan);
 }
 

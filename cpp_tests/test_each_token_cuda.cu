@@ -1,7 +1,8 @@
-// delta_gemm of one token on the GPU: as the CPU has it, and with the bits of the same token in a
-// call of several; see delta_gemm_call.h.
+// delta_gemm of few tokens on the GPU, each worked on alone: as the CPU has it, and with the bits of
+// the same token in any other call; see delta_gemm_call.h.
 #include <gtest/gtest.h>
 
+#include "delta_gemm/each_token.cuh"
 #include "delta_gemm_call.h"
 
 namespace adamix {
@@ -16,25 +17,30 @@ using testing::has_device;
 using testing::mixed_bank;
 using testing::Segments;
 
-class OneToken : public ::testing::Test {
+class EachToken : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!has_device()) GTEST_SKIP() << "no CUDA device";
   }
 };
 
-// Each of these slots alone, against the CPU and against the same token among the others. Two
-// tokens of a slot go together there, one is left over, some have none.
+// Each of these slots alone, against the CPU; and among the others, with the same bits: as few as
+// are worked on alone, and more, where two tokens of a slot go together.
 template <typename T>
 void check_slots(Call call, const std::vector<int32_t>& slots) {
   for (const int32_t slot : slots) {
     call.slots = {slot};
     check<T>(call);
   }
-  call.slots = slots;
-  call.slots.insert(call.slots.end(), slots.begin(), slots.end());
-  call.slots.push_back(slots[0]);
-  check_company<T>(call, 1);
+  if (slots.size() > 1) {
+    call.slots = slots;
+    check<T>(call);
+    check_company<T>(call, 1);
+  }
+  while (call.slots.size() <= kEachTokens) {
+    call.slots.insert(call.slots.end(), slots.begin(), slots.end());
+  }
+  check_company<T>(call, 5);
 }
 
 void check_all_types(const Call& call, const std::vector<int32_t>& slots) {
@@ -45,26 +51,26 @@ void check_all_types(const Call& call, const std::vector<int32_t>& slots) {
   check_slots<BFloat16>(call, slots);
 }
 
-class OneTokenSizes : public OneToken,
+class EachTokenSizes : public EachToken,
                       public ::testing::WithParamInterface<std::pair<int64_t, int64_t>> {};
 
-TEST_P(OneTokenSizes, AnyAlignment) {
+TEST_P(EachTokenSizes, AnyAlignment) {
   const auto [in, out] = GetParam();
   for (const int64_t alignment : {1, 4}) {
     check_all_types({{mixed_bank(in, out, alignment)}, {}}, {0, 1, 2, 3, -1, 4});
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Edges, OneTokenSizes,
+INSTANTIATE_TEST_SUITE_P(Edges, EachTokenSizes,
                          ::testing::Values(std::pair<int64_t, int64_t>{1, 1}, std::pair{33, 100},
                                            std::pair{100, 257}, std::pair{257, 33},
                                            std::pair{256, 256}, std::pair{520, 1030},
                                            std::pair{8, 31}));
 
-class OneTokenWidths : public OneToken, public ::testing::WithParamInterface<int> {};
+class EachTokenWidths : public EachToken, public ::testing::WithParamInterface<int> {};
 
 // Part of a run, of a group and of a stage, and more than one of each.
-TEST_P(OneTokenWidths, Alone) {
+TEST_P(EachTokenWidths, Alone) {
   for (const int64_t alignment : {1, 4}) {
     Bank bank{300, 340, alignment};
     for (const int64_t rank : {1, 8, 13, 37, 150}) {
@@ -76,9 +82,9 @@ TEST_P(OneTokenWidths, Alone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Bits, OneTokenWidths, ::testing::Range(1, kMaxBits + 1));
+INSTANTIATE_TEST_SUITE_P(Bits, EachTokenWidths, ::testing::Range(1, kMaxBits + 1));
 
-TEST_F(OneToken, LayersOfAnySize) {
+TEST_F(EachToken, LayersOfAnySize) {
   const std::vector<Bank> banks = {mixed_bank(300, 520, 4), mixed_bank(300, 64), mixed_bank(300, 1),
                                    mixed_bank(300, 100, 4)};
   for (size_t layers = 1; layers <= banks.size(); ++layers) {
@@ -89,7 +95,7 @@ TEST_F(OneToken, LayersOfAnySize) {
   check_all_types(most, {0, 3});
 }
 
-TEST_F(OneToken, RowsAnywhere) {
+TEST_F(EachToken, RowsAnywhere) {
   for (const auto& [x_gap, y_gap, x_lead, y_lead] :
        {std::array<int64_t, 4>{0, 0, 1, 1}, {3, 3, 0, 0}, {8, 2, 0, 1}, {1, 0, 8, 3}}) {
     Call call = {{mixed_bank(200, 70, 4)}, {}};
@@ -99,7 +105,7 @@ TEST_F(OneToken, RowsAnywhere) {
 }
 
 // One way in which the kernels read tables, and the other.
-TEST_F(OneToken, AnyCapacity) {
+TEST_F(EachToken, AnyCapacity) {
   for (const int slots : {1, 46, 47, 60}) {
     Bank bank{40, 50};
     for (int i = 0; i < slots; ++i) {
@@ -111,7 +117,7 @@ TEST_F(OneToken, AnyCapacity) {
   }
 }
 
-TEST_F(OneToken, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
+TEST_F(EachToken, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
   Bank large = mixed_bank(100, 90);
   large.add({0, 0, 0, 0, 0, 0, 0, 9000}, 9);
   for (const int64_t max_rank : {0, 1, 17, 18, 33, 500, 9000}) {
@@ -122,7 +128,7 @@ TEST_F(OneToken, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
   }
 }
 
-TEST_F(OneToken, InASegment) {
+TEST_F(EachToken, InASegment) {
   const Segments somewhere[] = {
       {{0}, {1}, {0}, {3}},
       {{5, -1, 0}, {0, 2, 3}, {0, 0, 0}, {0, 2, 3}},
@@ -141,7 +147,7 @@ TEST_F(OneToken, InASegment) {
 }
 
 // More runs than thread blocks, more panels than warps, more codes than shared memory has room for.
-TEST_F(OneToken, LargeSizes) {
+TEST_F(EachToken, LargeSizes) {
   Bank tall{300, 700, 4};
   tall.add({20, 30, 40, 50, 60, 70, 80, 90}, 7);
   tall.add({1, 2, 3, 4, 5, 20, 70, 33}, 14);
@@ -162,12 +168,12 @@ TEST_F(OneToken, LargeSizes) {
 
 #if defined(ADAMIX_EMULATED)
 
-class OneTokenDevices : public OneToken {
+class EachTokenDevices : public EachToken {
  protected:
-  ~OneTokenDevices() override { emulator::device = emulator::Device{}; }
+  ~EachTokenDevices() override { emulator::device = emulator::Device{}; }
 };
 
-TEST_F(OneTokenDevices, AnyDevice) {
+TEST_F(EachTokenDevices, AnyDevice) {
   Bank tall{300, 700, 4};
   tall.add({20, 30, 40, 50, 60, 70, 80, 90}, 7);
   for (const int multiprocessors : {1, 3, 7, 12, 200}) {

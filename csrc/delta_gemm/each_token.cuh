@@ -5,79 +5,128 @@
 #include <algorithm>
 
 #include "common/cuda_instructions.cuh"
+#include "common/cuda_launch.cuh"
 #include "delta_gemm/delta_gemm_cuda.h"
 #include "delta_gemm/fixed_point.cuh"
 #include "delta_gemm/word_stream.cuh"
 
-// delta_gemm of a single token. Its words are read in less time than one way to memory takes, so
-// what counts is how many such ways follow each other, and how many instructions stand between
-// them. Two kernels, as for few tokens (few_tokens.cuh), of the same whole numbers and so with the
-// same bits:
+// delta_gemm of few tokens, each worked on alone. The words of one delta are read in less time than
+// one way to memory takes, so what counts is how many such ways follow each other, and how many
+// instructions stand between them. Two kernels, as for more tokens (few_tokens.cuh), of the same
+// whole numbers and so with the same bits:
 //
-//   down   z = scale · V x      a thread block: 8 components of a layer, a warp every 16th panel
-//   up     y += U z             a thread block: 32 to 256 outputs of a layer, all components
+//   down   z = scale · V x      a thread block: runs of 8 components of a token and a layer
+//   up     y += U z             a thread block: tiles of 32 to 256 outputs of a token
 //
 // Words go straight to registers, each thread's all at once. The slot, the tables and x are read
-// side by side; a thread block is of one layer, so one row of a table tells it what is its own:
+// side by side; a thread block is of one token, so one row of a table tells it what is its own:
 //
 //   down   slot, tables, x | words   | digits of x    | product | z
 //   up     slot, tables    | words   | codes in bytes | z       | digits of z | product | y
 //                          while `down` runs          |
+//
+// Tokens of one slot each read its words, all but the first from L2, and take its codes apart. That
+// costs less than finding out which tokens have the same slot while there are not many.
 //
 // Z. Components in memory go by groups of 16, every width padded to whole groups with zeros;
 // component 4i + j of a group is number 4j + i of 16: four components of one thread of `up`, a quad
 // of which j is the number, lie side by side.
 namespace adamix {
 
-constexpr int kOneThreads = 512;
-constexpr int kOneWarps = kOneThreads / 32;
-constexpr int kOneRank = 8191;         // two sums over components share a word; see Widths
-constexpr int kOneInputs = 30 * 1024;  // their digits fit 99 KiB, what every device has
+#ifndef ADAMIX_EACH_TOKENS
+#define ADAMIX_EACH_TOKENS 16
+#endif
+constexpr int kEachTokens = ADAMIX_EACH_TOKENS;  // of one launch
+constexpr int kEachThreads = 512;
+constexpr int kEachWarps = kEachThreads / 32;
+constexpr int kEachPerMultiprocessor = 2;  // thread blocks
+constexpr int kEachRank = 8191;            // two sums over components share a word; see Widths
+constexpr int kEachInputs = 30 * 1024;     // their digits fit 99 KiB, what every device has
 constexpr int kGroupLanes = 16;
 constexpr int kQuadLanes = 4;
 constexpr int kGroupQuads = kGroupLanes / kQuadLanes;
 
-inline bool is_one_token(const DeltaGemmCudaArgs& args) {
-  return args.tokens == 1 && args.routes.slots != nullptr && args.max_rank <= kOneRank &&
-         args.in <= kOneInputs;
+inline bool is_each_token(const DeltaGemmCudaArgs& args) {
+  return args.tokens <= kEachTokens && args.max_rank <= kEachRank && args.in <= kEachInputs;
 }
 
 __host__ __device__ constexpr uint32_t groups_of(uint32_t count) {
   return (count + kGroupLanes - 1) / kGroupLanes;
 }
 
-// fp32 z [layers, groups of 16] in the scratch of few tokens; numbers of a row.
-inline int one_token_z_row(const DeltaGemmCudaArgs& args) {
+// fp32 z [layers, tokens, groups of 16] in the scratch of few tokens; numbers of a row.
+inline int each_token_z_row(const DeltaGemmCudaArgs& args) {
   static_assert(kMaxPadding >= kMaxBits * (kGroupLanes - 1) + kQuadLanes - 1);
   return (static_cast<int>(args.max_rank) + kMaxPadding) / kQuadLanes * kQuadLanes;
 }
 
-// Both need is_one_token(args).
-cudaError_t launch_one_token_down(const DeltaGemmCudaArgs& args, cudaStream_t stream);
-cudaError_t launch_one_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+__device__ __forceinline__ float* z_of(const DeltaGemmCudaArgs& args, int layer, int token,
+                                       int z_row) {
+  return static_cast<float*>(args.scratch) +
+         (layer * static_cast<int>(args.tokens) + token) * z_row;
+}
+
+// Of a token: as many thread blocks as there is room for, divided among the tokens.
+inline int parts_of_token(const DeltaGemmCudaArgs& args, const Device& device) {
+  const int blocks = kEachPerMultiprocessor * device.multiprocessors;
+  return std::max(blocks / static_cast<int>(args.tokens), 1);
+}
+
+// Both need is_each_token(args).
+cudaError_t launch_each_token_down(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
 
 // So many rows of a table are read beside the slot: a thread a word, a way to memory less.
-constexpr int kRowsBeside = kOneThreads / kTableColumns;
+constexpr int kRowsBeside = kEachThreads / kTableColumns;
 
 struct alignas(16) SharedRows {
-  int64_t words[kOneThreads];  // the last one is the slot
+  int64_t words[kEachThreads];  // the last one is the slot
 };
-constexpr int kSlotWord = kOneThreads - 1;
+constexpr int kSlotWord = kEachThreads - 1;
 static_assert(kRowsBeside * kTableColumns <= kSlotWord);
 
-// The row of the token's slot in a layer's table, in steps: fetch, store, a barrier, find.
+// The slot of a token that is in a segment, by one warp; -1: in none of them.
+__device__ __noinline__ inline int slot_in_segments(const DeltaGemmCudaArgs& args, int token) {
+  const TokenRoutes& routes = args.routes;
+  const int lane = threadIdx.x % 32;
+  const int64_t wanted = routes.first_token + token;
+  for (int64_t first = 0; first < routes.indices; first += 32) {
+    const int64_t mine = first + lane;
+    const bool same = mine < routes.indices && routes.token_indices[mine] == wanted;
+    for (uint32_t places = __ballot_sync(kWarp, same); places != 0; places &= places - 1) {
+      const int64_t place = first + __ffs(places) - 1;
+      for (int64_t segment = lane; segment - lane < routes.segments; segment += 32) {
+        const bool there = segment < routes.segments;
+        const int64_t start = there ? routes.token_starts[segment] : 0;
+        const bool around =
+            there && start >= 0 && start <= place && place < start + routes.token_counts[segment];
+        const int slot = around ? routes.segment_slots[segment] : -1;
+        const uint32_t found = __ballot_sync(kWarp, slot >= 0 && slot < args.capacity);
+        if (found != 0) return __shfl_sync(kWarp, slot, __ffs(found) - 1);
+      }
+    }
+  }
+  return -1;
+}
+
+// The row of a token's slot in a layer's table, in steps: fetch, store, a barrier, find.
 class RowOfToken {
  public:
-  __device__ __forceinline__ void fetch(const DeltaGemmCudaArgs& args, int layer) {
+  __device__ __forceinline__ void fetch(const DeltaGemmCudaArgs& args, int layer, int token) {
     const int i = threadIdx.x, capacity = static_cast<int>(args.capacity);
     const int64_t* rows = args.layers[layer].table;
     if (capacity <= kRowsBeside) {
       if (i < capacity * kTableColumns) word_ = rows[i];
-    } else if (i < kTableColumns) {  // a way to memory more
-      const int slot = args.routes.slots[0];
-      if (slot >= 0 && slot < capacity) word_ = rows[int64_t{slot} * kTableColumns + i];
+    } else if (i < 32) {  // a way to memory more
+      const int slot = slot_of(args, token);
+      if (i < kTableColumns && slot >= 0 && slot < capacity) {
+        word_ = rows[int64_t{slot} * kTableColumns + i];
+      }
     }
-    if (i == kSlotWord) word_ = static_cast<uint32_t>(args.routes.slots[0]);
+    if (i / 32 == kSlotWord / 32) {
+      const int slot = slot_of(args, token);
+      if (i == kSlotWord) word_ = static_cast<uint32_t>(slot);
+    }
   }
 
   __device__ __forceinline__ void store(SharedRows& shared) const {
@@ -94,6 +143,10 @@ class RowOfToken {
   }
 
  private:
+  __device__ __forceinline__ static int slot_of(const DeltaGemmCudaArgs& args, int token) {
+    return args.routes.slots != nullptr ? args.routes.slots[token] : slot_in_segments(args, token);
+  }
+
   int64_t word_ = 0;
 };
 
@@ -162,7 +215,7 @@ class Widths {
   uint32_t words_until_, words_before_, all_words_;  // components, words
 };
 
-static_assert(kOneRank * kMaxBits < 1 << 16);  // words, and what eight counts are together
+static_assert(kEachRank * kMaxBits < 1 << 16);  // words, and what eight counts are together
 
 template <int kBits, int kEach, int kBlocks>
 __device__ __forceinline__ void load_pieces(const uint32_t* first, const int (&at)[kBlocks],

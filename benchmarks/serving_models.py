@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from banks import COMPONENT_SIZE, draw_counts, lane_widths
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
@@ -29,7 +38,28 @@ MODELS: dict[str, dict[str, object]] = {
 }
 NEW_TOKENS = 96  # of a sequence behind its prompt: as many steps as are timed, and warmed up
 WARM_STEPS = 3
+ATTENTION = "sdpa_by_group"
 BIAS_CHANGE = 0.01  # of norms and biases, standard deviation
+
+
+def attend_by_group(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                    attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
+    """transformers' "sdpa", where a step's query heads of one key are rows of one product.
+
+    Later versions do that themselves; earlier ones copy the whole cache to every query head.
+    """
+    batch, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    if tokens > 1 or groups == heads:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows = nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, groups, heads // groups, size), key, value, attention_mask,
+        scale=options.get("scaling"))
+    return rows.reshape(batch, 1, heads, size), None
+
+
+AttentionInterface.register(ATTENTION, attend_by_group)
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str, seed: int = 0
@@ -41,7 +71,8 @@ def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str,
     config = AutoConfig.for_model(sizes.pop("model_type"), max_position_embeddings=4096, **sizes)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype,
+                                                 attn_implementation=ATTENTION).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.dim() == 1 and not parameter.any():

@@ -33,10 +33,8 @@
 // of which j is the number, lie side by side.
 namespace adamix {
 
-#ifndef ADAMIX_EACH_TOKENS
-#define ADAMIX_EACH_TOKENS 16
-#endif
-constexpr int kEachTokens = ADAMIX_EACH_TOKENS;  // of one launch
+constexpr int kEachTokens = 16;             // of one launch
+constexpr int64_t kEachSize = 200'000'000;  // tokens · in · out, where there are several
 constexpr int kEachThreads = 512;
 constexpr int kEachWarps = kEachThreads / 32;
 constexpr int kEachPerMultiprocessor = 2;  // thread blocks
@@ -46,8 +44,13 @@ constexpr int kGroupLanes = 16;
 constexpr int kQuadLanes = 4;
 constexpr int kGroupQuads = kGroupLanes / kQuadLanes;
 
+// Where it is faster: large matrices of several tokens are worked off at a better rate by the
+// kernels of few_tokens.cuh, which take longer to begin.
 inline bool is_each_token(const DeltaGemmCudaArgs& args) {
-  return args.tokens <= kEachTokens && args.max_rank <= kEachRank && args.in <= kEachInputs;
+  int64_t size = 0;
+  for (int i = 0; i < args.layer_count; ++i) size += args.tokens * args.in * args.layers[i].out;
+  return (args.tokens == 1 || (args.tokens <= kEachTokens && size <= kEachSize)) &&
+         args.max_rank <= kEachRank && args.in <= kEachInputs;
 }
 
 __host__ __device__ constexpr uint32_t groups_of(uint32_t count) {
@@ -200,9 +203,14 @@ class Widths {
             low(words),        high(units)};
   }
 
-  // The first group behind those of width 8 - i; all lanes ask together.
-  __device__ __forceinline__ int end_of_width(int i) const {
-    return __shfl_sync(kWarp, high(units_until_), i);
+  // The largest code of the width that a group has, 0 behind the last one; all lanes ask together.
+  __device__ __forceinline__ int top_code_of(int group) const {
+    int bits = kMaxBits;
+#pragma unroll
+    for (int i = 0; i < kMaxBits; ++i) {
+      bits -= __shfl_sync(kWarp, high(units_until_), i) <= group;
+    }
+    return static_cast<int>(max_code(bits));
   }
 
  private:

@@ -62,8 +62,8 @@ struct RunPanel {
   Place run;
 };
 
-// kVector: x may be read 16 bytes at a time.
-template <typename T, bool kVector>
+// kVector: x may be read 16 bytes at a time. kOneRun: a thread block has one run.
+template <typename T, bool kVector, bool kOneRun>
 class EachTokenDown {
  public:
   __device__ EachTokenDown(const DeltaGemmCudaArgs& args, const DownPlan& plan, DownShared& shared)
@@ -90,7 +90,7 @@ class EachTokenDown {
                         [](uint32_t count) { return (count + kRunLanes - 1) / kRunLanes; });
     if (widths.empty()) return;
     take_runs(widths.units());
-    if (first_run_ == end_run_) return;
+    if (first_run_ >= end_run_) return;
     panel_words_ = widths.column_words() * kPanelBlocks;
     multiply_runs(widths);
   }
@@ -100,25 +100,29 @@ class EachTokenDown {
   __device__ __forceinline__ static int part() { return static_cast<int>(blockIdx.x); }
 
   __device__ __forceinline__ void take_runs(int runs) {
-    int rest;
-    const int before = runs * (part() - plan_.first_part[layer_]);
-    const int parts = plan_.first_part[layer_ + 1] - plan_.first_part[layer_];
-    first_run_ = divide(before, parts, rest);
-    end_run_ = divide(before + runs, parts, rest);
+    const int number = part() - plan_.first_part[layer_];
+    if constexpr (kOneRun) {
+      first_run_ = number, end_run_ = min(number + 1, runs);
+    } else {
+      const int parts = plan_.first_part[layer_ + 1] - plan_.first_part[layer_];
+      int rest;
+      first_run_ = divide(runs * number, parts, rest);
+      end_run_ = divide(runs * number + runs, parts, rest);
+    }
   }
 
   __device__ __forceinline__ void multiply_runs(const Widths& widths) {
-    const int warp = threadIdx.x / 32, runs = end_run_ - first_run_;
+    const int warp = threadIdx.x / 32;
     const RunPanel first = step(widths, {-1, warp - kEachWarps, {}});
     uint32_t words[2][kMaxBits];
-    if (first.number < runs) load(first, words);
-    prefetch_panels(widths);
+    if (first.number < runs()) load(first, words);
+    prefetch_panels(widths, first.run);
     const int own = kEachWarps - 1 - warp;  // the last warps have the fewest units
     Place own_run = {};
     float* z = nullptr;
     float scale = 0.0f;
-    if (own < runs) {
-      own_run = widths.find(first_run_ + own);
+    if (own < runs()) {
+      own_run = kOneRun ? first.run : widths.find(first_run_ + own);
       z = place_of_z(own_run);
       if (has_component(own_run)) scale = load_scale(own_run);
     }
@@ -135,12 +139,12 @@ class EachTokenDown {
   // Every 16th one is a warp's.
   __device__ __forceinline__ void multiply_units(const Widths& widths, RunPanel at,
                                                  uint32_t (&words)[2][kMaxBits]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, runs = end_run_ - first_run_;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int8_t* column = planes_ + min(g % 4, kDigits - 1) * plan_.plane_bytes +
                            (g / 4 * kHalfBlocks + t) * kBlockCodes;
     int32_t sum[4] = {};
 #pragma unroll 1
-    while (at.number < runs) {
+    while (at.number < runs()) {
       uint32_t x[kBlockFields];
       load_words(reinterpret_cast<const uint32_t*>(column + at.panel * kPanelCodes), x);
       for_width(at.run.bits,
@@ -148,7 +152,7 @@ class EachTokenDown {
       const RunPanel next = step(widths, at);
       if (next.number != at.number) add_sums(at.number, sum);
       at = next;
-      if (at.number < runs) load(at, words);
+      if (at.number < runs()) load(at, words);
     }
   }
 
@@ -164,16 +168,20 @@ class EachTokenDown {
 
   // --- units
 
+  __device__ __forceinline__ int runs() const { return kOneRun ? 1 : end_run_ - first_run_; }
+
   // 16 further, panels first.
   __device__ __forceinline__ RunPanel step(const Widths& widths, RunPanel at) const {
-    int number = max(at.number, 0);
-    at.panel += kEachWarps;
+    const int before = at.number;
+    at.number = max(before, 0), at.panel += kEachWarps;
+    if constexpr (kOneRun) {
+      at.number = at.panel >= plan_.panels;
+      if (before < 0) at.run = widths.find(first_run_);
+    } else {
 #pragma unroll 1
-    for (; at.panel >= plan_.panels; at.panel -= plan_.panels) ++number;
-    if (number != at.number && first_run_ + number < end_run_) {
-      at.run = widths.find(first_run_ + number);
+      for (; at.panel >= plan_.panels; at.panel -= plan_.panels) ++at.number;
+      if (at.number != before && at.number < runs()) at.run = widths.find(first_run_ + at.number);
     }
-    at.number = number;
     return at;
   }
 
@@ -209,13 +217,14 @@ class EachTokenDown {
 
   // What is read later, so that it comes from L2: of every panel a stretch, a line of 128 bytes a
   // lane.
-  __device__ __forceinline__ void prefetch_panels(const Widths& widths) const {
-    const int warp = threadIdx.x / 32, runs = end_run_ - first_run_;
-    if (runs == 1 && plan_.panels <= kEachWarps) return;
-    const Place first = widths.find(first_run_), last = widths.find(end_run_ - 1);
+  __device__ __forceinline__ void prefetch_panels(const Widths& widths, const Place& of) const {
+    const int warp = threadIdx.x / 32;
+    if (runs() == 1 && plan_.panels <= kEachWarps) return;
+    const Place first = kOneRun ? of : widths.find(first_run_);
+    const Place last = kOneRun ? of : widths.find(end_run_ - 1);
     const int begin = words_before(first), end = words_before(last) + lanes_of(last) * last.bits;
 #pragma unroll 1
-    for (int panel = runs > 1 ? warp : warp + kEachWarps; panel < plan_.panels;
+    for (int panel = runs() > 1 ? warp : warp + kEachWarps; panel < plan_.panels;
          panel += kEachWarps) {
       const int blocks = blocks_of(panel);
       const uint32_t* words = panel_words(panel);
@@ -316,25 +325,31 @@ class EachTokenDown {
   int panel_words_ = 0;
 };
 
-template <typename T, bool kVector>
-__global__ void __launch_bounds__(kEachThreads, 2)
+template <typename T, bool kVector, bool kOneRun>
+__global__ void __launch_bounds__(kEachThreads, kEachPerMultiprocessor)
     each_token_down_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                            const __grid_constant__ DownPlan plan) {
   auto& shared = *static_cast<DownShared*>(dynamic_shared());
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: what it reads early is what came before this kernel
-  EachTokenDown<T, kVector>(args, plan, shared).run();
+  EachTokenDown<T, kVector, kOneRun>(args, plan, shared).run();
 }
 
-template <bool kVector>
+template <bool kVector, bool kOneRun>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? each_token_down_kernel<float, kVector>
-         : element == Element::kHalf ? each_token_down_kernel<__half, kVector>
-                                     : each_token_down_kernel<__nv_bfloat16, kVector>;
+  return element == Element::kFloat  ? each_token_down_kernel<float, kVector, kOneRun>
+         : element == Element::kHalf ? each_token_down_kernel<__half, kVector, kOneRun>
+                                     : each_token_down_kernel<__nv_bfloat16, kVector, kOneRun>;
 }
 
-// How many thread blocks a token has for each layer: as V's share of the codes, were all ranks as
-// those of one ratio.
+auto kernel_of(Element element, bool vector, bool one_run) {
+  return vector    ? one_run ? kernel_of<true, true>(element) : kernel_of<true, false>(element)
+         : one_run ? kernel_of<false, true>(element)
+                   : kernel_of<false, false>(element);
+}
+
+// How many thread blocks a token has for each layer: one a run if it is the only token, else as V's
+// share of the codes, were all ranks as those of one ratio.
 void divide_parts(const DeltaGemmCudaArgs& args, const Device& device, DownPlan& plan) {
   const int runs = static_cast<int>(args.max_rank) / kRunLanes + kMaxBits;  // of a layer, at most
   const int least = (runs + kMostRuns - 1) / kMostRuns;
@@ -346,7 +361,9 @@ void divide_parts(const DeltaGemmCudaArgs& args, const Device& device, DownPlan&
   for (int i = 0; i < args.layer_count; ++i) all += weight(i);
   const int parts = parts_of_token(args, device);
   for (int i = 0; i < args.layer_count; ++i) {
-    const int own = std::clamp(static_cast<int>(parts * weight(i) / all), least, runs);
+    const int own = args.tokens == 1
+                        ? runs
+                        : std::clamp(static_cast<int>(parts * weight(i) / all), least, runs);
     plan.first_part[i + 1] = plan.first_part[i] + own;
   }
 }
@@ -369,7 +386,7 @@ cudaError_t launch_each_token_down(const DeltaGemmCudaArgs& args, cudaStream_t s
                      sizeof(DownShared) + kDigits * static_cast<size_t>(plan.plane_bytes)};
   const bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.in % 8 == 0 &&
                       (args.tokens == 1 || args.x_row_stride % 8 == 0);
-  const auto kernel = vector ? kernel_of<true>(args.element) : kernel_of<false>(args.element);
+  const auto kernel = kernel_of(args.element, vector, args.tokens == 1);
   return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 

@@ -1,28 +1,18 @@
 #include <limits>
 
 #include "common/cuda_launch.cuh"
-#include "delta_gemm/each_token.cuh"
+#include "delta_gemm/each_token_up_codes.cuh"
 #include "delta_gemm/elements.cuh"
-#include "delta_gemm/few_tokens_up_product.cuh"
 
 // y += U z; see each_token.cuh. A tile: 1, 2, 4 or 8 adjacent blocks of U's lanes, so 32 to 256
 // outputs, all components; a thread block has some of a token's that follow each other. U's codes
-// become an operand of the byte product, those of the first tile while `down` still runs: a thread
-// turns its four components' words, so that a word holds one output of all four, takes the codes
-// out and puts them to shared memory,
-//
-//   group of 16 components | block | 16 outputs | thread 4g + t of the product: 2 words
-//
-// the words of quad t for rows g and g + 8: outputs 2g and 2g + 1 of the 16. Then come z's digits,
-// in columns 0 1 2, and each warp has 16 outputs and every so many-th pair of groups.
+// become an operand of the byte product (each_token_up_codes.cuh), those of the first tile while
+// `down` still runs. Then come z's digits, in columns 0 1 2, and each warp has 16 outputs and every
+// so many-th pair of groups.
 namespace adamix {
 namespace {
 
-constexpr int kTileRows = 16;                            // outputs of a byte product
-constexpr int kBlockRows = kBlockCodes / kTileRows;      // of those in a block
-constexpr int kRowWords = 64;                            // of 16 outputs and components
-constexpr int kBlockWords = kBlockRows * kRowWords + 8;  // 8: blocks begin in different banks
-constexpr int kMaxShift = 3;                             // a tile is in one panel
+constexpr int kMaxShift = 3;   // a tile is in one panel
 constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
 
 struct UpPlan {
@@ -40,31 +30,8 @@ struct alignas(16) UpShared {
   int64_t tops[kEachWarps];  // sums of each warp's numbers times the largest code of their width
 };
 
-// Four components' blocks of 32 outputs, one output a word, four components in its bytes as in a
-// field.
-template <int kBits>
-__device__ __forceinline__ void unpack_quad(const uint32_t (&words)[kQuadLanes][kMaxBits],
-                                            uint32_t* target) {
-  uint32_t byte[kFieldCodes][kBits];  // of all outputs that are in it
-#pragma unroll
-  for (int j = 0; j < kBits; ++j) {
-    const uint32_t four[4] = {words[0][j], words[2][j], words[1][j], words[3][j]};
-    uint32_t turned[4];
-    transpose(four, turned);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) byte[i][j] = turned[i];
-  }
-#pragma unroll
-  for (int pair = 0; pair < kBlockCodes / 2; ++pair) {
-    const int field = pair / 2, first = pair % 2;  // code 2 * first is in byte first, the next
-                                                   // in the byte after the next
-    const int row = pair / (kTileRows / 2), g = pair % (kTileRows / 2);
-    *reinterpret_cast<uint2*>(target + row * kRowWords + g * 8) = make_uint2(
-        read_field<kBits>(byte[first], field), read_field<kBits>(byte[first + 2], field));
-  }
-}
-
-template <typename T, int kShift>
+// kOneTile: a thread block has one tile.
+template <typename T, int kShift, bool kOneTile>
 class EachTokenUp {
   // Of a tile, and what else follows from it.
   static constexpr int kBlocks = 1 << kShift, kOutputs = kBlockCodes * kBlocks;
@@ -81,13 +48,29 @@ class EachTokenUp {
     codes_ = planes_ + kDigits * plan.plane_words;
   }
 
-  // A thread block's tiles may be of several layers.
   __device__ void run() {
+    bool waited = false;
+    if constexpr (kOneTile) {
+      const int tile = static_cast<int>(blockIdx.x);
+      for (layer_ = 0; tile >= plan_.first_tile[layer_ + 1];) ++layer_;
+      const int first = tile - plan_.first_tile[layer_];
+      waited = run_layer(first, first + 1);
+    } else {
+      waited = run_part();
+    }
+    // Not without waiting: else the kernel after could overtake `down`.
+    if (!waited) wait_for_previous_kernel();
+  }
+
+ private:
+  __device__ __forceinline__ static int token() { return static_cast<int>(blockIdx.y); }
+
+  // Tiles may be of several layers. Whether any has waited for `down`.
+  __device__ __forceinline__ bool run_part() {
+    const int tiles = plan_.first_tile[args_.layer_count], part = static_cast<int>(blockIdx.x);
     int rest;
-    const int before = plan_.first_tile[args_.layer_count] * static_cast<int>(blockIdx.x);
-    const int parts = static_cast<int>(gridDim.x);
-    const int begin = divide(before, parts, rest);
-    const int end = divide(before + plan_.first_tile[args_.layer_count], parts, rest);
+    const int begin = divide(tiles * part, static_cast<int>(gridDim.x), rest);
+    const int end = divide(tiles * part + tiles, static_cast<int>(gridDim.x), rest);
     bool begun = false, waited = false;
 #pragma unroll 1
     for (layer_ = 0; layer_ < args_.layer_count; ++layer_) {
@@ -98,12 +81,8 @@ class EachTokenUp {
       begun = true;
       waited |= run_layer(first, last);
     }
-    // Not without waiting: else the kernel after could overtake `down`.
-    if (!waited) wait_for_previous_kernel();
+    return waited;
   }
-
- private:
-  __device__ __forceinline__ static int token() { return static_cast<int>(blockIdx.y); }
 
   // Whether it has waited for `down`.
   __device__ __forceinline__ bool run_layer(int first, int last) {
@@ -122,13 +101,13 @@ class EachTokenUp {
     out_ = static_cast<int>(args_.layers[layer_].out);
     blocks_ = static_cast<int>((static_cast<uint32_t>(out_) + kBlockCodes - 1) / kBlockCodes);
     // Not where every warp soon has all that it reads.
-    const bool soon = last - first == 1 && widths.units() <= kEachWarps;
+    const bool soon = (kOneTile || last - first == 1) && widths.units() <= kEachWarps;
     prefetched_ = first * kBlocks / kPanelBlocks + soon;
     end_panel_ = (last * kBlocks + kPanelBlocks - 1) / kPanelBlocks;
 #pragma unroll 1
-    for (int tile = first; tile < last; ++tile) {
+    for (int tile = first; tile < (kOneTile ? first + 1 : last); ++tile) {
       first_block_ = tile * kBlocks;
-      run_tile(widths, tile == first);
+      run_tile(widths, kOneTile || tile == first);
     }
     return true;
   }
@@ -213,25 +192,15 @@ class EachTokenUp {
 
   // --- z
 
-  // The largest code of the width that a quad of components has, 0 behind the last one; all lanes
-  // ask together.
-  __device__ __forceinline__ static int top_code(const Widths& widths, int quad) {
-    const int group = quad / kGroupQuads;
-    int bits = kMaxBits;
-#pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) bits -= widths.end_of_width(i) <= group;
-    return static_cast<int>(max_code(bits));
-  }
-
   // z's digits. A barrier must follow.
   __device__ __forceinline__ void prepare_z(const Widths& widths) {
     const int quads = widths.groups() * kGroupQuads, mine = threadIdx.x;
-    int top = top_code(widths, mine);
     wait_for_previous_kernel();
     const auto* z = reinterpret_cast<const float4*>(z_of(args_, layer_, token(), plan_.z_row));
     float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (mine < quads) four = z[mine];
     load_y();
+    int top = widths.top_code_of(mine / kGroupQuads);  // while z is on its way
     uint32_t largest = 0;
 #pragma unroll 1
     for (int i = mine + kEachThreads; i < quads; i += kEachThreads) {
@@ -244,31 +213,12 @@ class EachTokenUp {
     int64_t tops = 0;
 #pragma unroll 1
     for (int i = mine; i - mine < quads;) {
-      if (i < quads) tops += int64_t{top} * store_quad(four, unit, i);
+      if (i < quads) tops += int64_t{top} * store_quad(four, unit, planes_ + i, plan_.plane_words);
       i += kEachThreads;
       if (i < quads) four = z[i];
-      if (i - mine < quads) top = top_code(widths, i);
+      if (i - mine < quads) top = widths.top_code_of(i / kGroupQuads);
     }
     put_warp_sum(tops, shared_.tops, false);
-  }
-
-  // Its digits to shared memory; returns the sum of its numbers.
-  __device__ __forceinline__ int store_quad(const float4& four, const Unit& unit, int i) {
-    const float values[kQuadLanes] = {four.x, four.y, four.z, four.w};
-    uint32_t digit[kDigits];
-    digits_of_field(values, unit, digit);
-    int sums[kDigits];
-#pragma unroll
-    for (int d = 0; d < kDigits; ++d) {
-      planes_[d * plan_.plane_words + i] = digit[d];
-      sums[d] = sum_bytes(digit[d], 0);
-    }
-    return static_cast<int>(join_digits(sums[0], sums[1], sums[2]));
-  }
-
-  __device__ __forceinline__ static uint32_t largest_of(const float4& four) {
-    return max(max(magnitude_bits(four.x), magnitude_bits(four.y)),
-               max(magnitude_bits(four.z), magnitude_bits(four.w)));
   }
 
   // --- product
@@ -362,28 +312,29 @@ class EachTokenUp {
   T y_;  // before
 };
 
-template <typename T, int kShift>
-__global__ void __launch_bounds__(kEachThreads, 2)
+template <typename T, int kShift, bool kOneTile>
+__global__ void __launch_bounds__(kEachThreads, kEachPerMultiprocessor)
     each_token_up_kernel(const __grid_constant__ DeltaGemmCudaArgs args,
                          const __grid_constant__ UpPlan plan) {
   auto& shared = *static_cast<UpShared*>(dynamic_shared());
   let_next_kernel_start();
-  EachTokenUp<T, kShift>(args, plan, shared).run();
+  EachTokenUp<T, kShift, kOneTile>(args, plan, shared).run();
 }
 
-template <int kShift>
+template <int kShift, bool kOneTile>
 auto kernel_of(Element element) {
-  return element == Element::kFloat  ? each_token_up_kernel<float, kShift>
-         : element == Element::kHalf ? each_token_up_kernel<__half, kShift>
-                                     : each_token_up_kernel<__nv_bfloat16, kShift>;
+  return element == Element::kFloat  ? each_token_up_kernel<float, kShift, kOneTile>
+         : element == Element::kHalf ? each_token_up_kernel<__half, kShift, kOneTile>
+                                     : each_token_up_kernel<__nv_bfloat16, kShift, kOneTile>;
 }
 
+template <bool kOneTile>
 auto kernel_of(Element element, int shift) {
   static_assert(kMaxShift == 3);
-  return shift == 0   ? kernel_of<0>(element)
-         : shift == 1 ? kernel_of<1>(element)
-         : shift == 2 ? kernel_of<2>(element)
-                      : kernel_of<3>(element);
+  return shift == 0   ? kernel_of<0, kOneTile>(element)
+         : shift == 1 ? kernel_of<1, kOneTile>(element)
+         : shift == 2 ? kernel_of<2, kOneTile>(element)
+                      : kernel_of<3, kOneTile>(element);
 }
 
 // Tiles of 1 << shift blocks, those of all layers one after the other.
@@ -428,7 +379,9 @@ cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   const Grid grid = {
       dim3(static_cast<unsigned>(std::min(most, tiles)), static_cast<unsigned>(args.tokens)),
       kEachThreads, static_cast<size_t>(bytes)};
-  return launch_overlapped(kernel_of(args.element, plan.shift), grid, device, stream, args, plan);
+  const auto kernel = tiles <= most ? kernel_of<true>(args.element, plan.shift)
+                                    : kernel_of<false>(args.element, plan.shift);
+  return launch_overlapped(kernel, grid, device, stream, args, plan);
 }
 
 }  // namespace adamix

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "delta_gemm/each_token.cuh"
 #include "delta_gemm_call.h"
 
 namespace adamix {
@@ -40,6 +41,16 @@ std::vector<int32_t> mixed_slots(int64_t tokens) {
   return slots;
 }
 
+// So many tokens that those of a slot go together two by two (few_tokens.cuh), while fewer are each
+// worked on alone (each_token.cuh).
+constexpr int64_t kPaired = kEachTokens + 3;
+
+// So many by tokens of the base.
+std::vector<int32_t> paired(std::vector<int32_t> slots) {
+  slots.resize(kPaired, -1);
+  return slots;
+}
+
 class DeltaGemmCuda : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -52,8 +63,10 @@ class DeltaGemmCudaSizes : public DeltaGemmCuda,
 
 TEST_P(DeltaGemmCudaSizes, FewTokens) {
   const auto [in, out] = GetParam();
-  check_all_types({{mixed_bank(in, out)}, mixed_slots(13)});
-  check_all_types({{mixed_bank(in, out, 4)}, mixed_slots(13)});
+  for (const int64_t tokens : {int64_t{13}, kPaired}) {
+    check_all_types({{mixed_bank(in, out)}, mixed_slots(tokens)});
+    check_all_types({{mixed_bank(in, out, 4)}, mixed_slots(tokens)});
+  }
 }
 
 TEST_P(DeltaGemmCudaSizes, ManyTokens) {
@@ -76,6 +89,7 @@ TEST_P(DeltaGemmCudaWidths, Alone) {
     Bank bank{300, 530, 4};
     bank.add(counts, 1);
     check_all_types({{bank}, {0, 0, -1}});
+    check_all_types({{bank}, paired({0, 0, -1})});
     std::vector<int32_t> many(131, 0);
     many[7] = -1;
     check<Half>({{bank}, many});
@@ -99,10 +113,12 @@ TEST_F(DeltaGemmCuda, ManyComponents) {
   bank.add({20, 30, 40, 50, 60, 70, 80, 90}, 7);
   bank.add({1, 2, 3, 4, 5, 20, 70, 33}, 14);
   check<float>({{bank}, {0, 1, 0}});
+  check<float>({{bank}, paired({0, 1, 0})});
   check<BFloat16>({{bank}, mixed_slots(131)});
   Bank wide{40, 520, 4};
   wide.add({0, 0, 0, 0, 0, 7, 40, 4200}, 7);
   check<float>({{wide}, {0, 0, -1}});
+  check<float>({{wide}, paired({0, 0, -1})});
   check<BFloat16>({{wide}, std::vector<int32_t>(129, 0)});
 }
 
@@ -131,15 +147,26 @@ std::vector<Bank> three_layers() {
 }
 
 TEST_F(DeltaGemmCuda, LayersThatShareX) {
-  check_all_types({three_layers(), mixed_slots(11)});
-  check_all_types({three_layers(), mixed_slots(140)});
-  Call most = {{}, mixed_slots(5)};
+  for (const int64_t tokens : {int64_t{11}, kPaired, int64_t{140}}) {
+    check_all_types({three_layers(), mixed_slots(tokens)});
+  }
+  Call most;
   for (int i = 0; i < kMaxLayers; ++i) most.banks.push_back(mixed_bank(40, 30 + i));
-  check_all_types(most);
+  for (const int64_t tokens : {int64_t{5}, kPaired}) {
+    most.slots = mixed_slots(tokens);
+    check_all_types(most);
+  }
+}
+
+// Of large matrices, fewer tokens go together two by two.
+TEST_F(DeltaGemmCuda, LargeLayersThatShareX) {
+  Call call = {{mixed_bank(6000, 3500, 4), mixed_bank(6000, 2500, 4)}, {3, 0, 0, -1, 3, 2}};
+  ASSERT_GT(call.tokens() * 6000 * 6000, kEachSize);
+  check<BFloat16>(call);
 }
 
 TEST_F(DeltaGemmCuda, RowsAnywhere) {
-  for (const int64_t tokens : {9, 133}) {
+  for (const int64_t tokens : {int64_t{9}, kPaired, int64_t{133}}) {
     for (const auto& [x_gap, y_gap, x_lead, y_lead] :
          {std::array<int64_t, 4>{0, 0, 1, 1}, {3, 3, 0, 0}, {8, 2, 0, 1}, {1, 0, 8, 2}}) {
       Call call = {{mixed_bank(200, 70, 4)}, mixed_slots(tokens)};
@@ -150,7 +177,7 @@ TEST_F(DeltaGemmCuda, RowsAnywhere) {
 }
 
 TEST_F(DeltaGemmCuda, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
-  for (const int64_t tokens : {12, 140}) {
+  for (const int64_t tokens : {int64_t{12}, kPaired, int64_t{140}}) {
     for (const int64_t max_rank : {0, 1, 32}) {
       Call call = {{mixed_bank(100, 90), mixed_bank(100, 40)}, mixed_slots(tokens)};
       call.max_rank = max_rank;
@@ -200,7 +227,7 @@ TEST_F(DeltaGemmCuda, TokensInSegments) {
 
 TEST_F(DeltaGemmCuda, NanAndInfinityStayWithinTheirToken) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  for (const int64_t tokens : {9, 133}) {
+  for (const int64_t tokens : {int64_t{9}, kPaired, int64_t{133}}) {
     const Call call = {{mixed_bank(300, 270)}, std::vector<int32_t>(tokens, 0)};
     auto tensors = random_tensors<BFloat16>(call);
     const auto clean = run_cuda(call, tensors)[0];
@@ -225,8 +252,14 @@ TEST_F(DeltaGemmCuda, NanAndInfinityStayWithinTheirToken) {
 }
 
 TEST_F(DeltaGemmCuda, ZerosAndNumbersOfAnySize) {
-  for (const float size : {0.0f, 1e-30f, 1e-12f, 1e12f}) {
-    const Call call = {{mixed_bank(90, 50)}, mixed_slots(6)};
+  for (const auto& [size, tokens] : {std::pair<float, int64_t>{0.0f, 6},
+                                     {0.0f, kPaired},
+                                     {1e-30f, 6},
+                                     {1e-30f, kPaired},
+                                     {1e-12f, 6},
+                                     {1e12f, 6},
+                                     {1e12f, kPaired}}) {
+    const Call call = {{mixed_bank(90, 50)}, mixed_slots(tokens)};
     auto tensors = random_tensors<float>(call);
     for (float& value : tensors.x) value *= size;
     const auto got = run_cuda(call, tensors)[0];
@@ -280,8 +313,11 @@ void on_any_device(Body body) {
 TEST_F(DeltaGemmCudaDevices, FewTokensOnAnyDevice) {
   on_any_device([] {
     check<float>({three_layers(), mixed_slots(11)});
-    check<BFloat16>({{mixed_bank(6700, 300, 4)}, {3, 0, 0}});
-    check<BFloat16>({{mixed_bank(40, 1500, 4)}, {3, 0, 0}});
+    check<float>({three_layers(), mixed_slots(kPaired)});
+    for (const auto& slots : {std::vector<int32_t>{3, 0, 0}, paired({3, 0, 0})}) {
+      check<BFloat16>({{mixed_bank(6700, 300, 4)}, slots});
+      check<BFloat16>({{mixed_bank(40, 1500, 4)}, slots});
+    }
   });
 }
 

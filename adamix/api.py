@@ -81,7 +81,7 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
     places = _places(plan, max_rank, first.values())
     slots, capacity_bytes = _sizes(places, slots, capacity_bytes, first.values())
     device = plan.matrices[0].modules[0].weight.device
-    routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
+    routing, memory = Routing(device, slots), Memory(places, slots, capacity_bytes, device)
     installed = _install(plan, places, routing, memory)
 
     def detach() -> None:
@@ -202,15 +202,14 @@ def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> li
         for module in matrix.modules:
             sites[module] = MatrixSite(
                 module, place.shape, memory.arena.words, memory.tables[place.index],
-                place.max_rank, routing, plan.token_dims.get(module, 1),
-                plan.scales.get(module, 1.0))
+                place.max_rank, routing, plan.scales.get(module, 1.0))
             if isinstance(module, nn.Embedding):
                 install(module, RoutedEmbedding, sites[module])
     names = _bias_names(plan)
     for members in plan.groups:
         biases = [places.values[names[module]] for module in members if module.bias is not None]
         group = Group([sites[module] for module in members],
-                      memory.columns(biases[0], biases[-1]) if biases else None,
+                      memory.columns(biases[0], biases[-1])[:-1] if biases else None,
                       [0 if module.bias is None else module.bias.numel() for module in members])
         for index, module in enumerate(members):
             install(module, RoutedLinear, (group, index))

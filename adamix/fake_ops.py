@@ -149,3 +149,8 @@ def _(
     max_rank: int | None = None,
 ) -> None:
     _one_device("delta_embedding_", tokens=tokens, y=y, arena=arena, table=table, slots=slots)
+
+
+@torch.library.register_fake("adamix::add_rows_")
+def _(ys: list[Tensor], values: Tensor, slots: Tensor) -> None:
+    _one_device("add_rows_", values=values, ys=ys, slots=slots)

@@ -57,6 +57,7 @@ __all__ = [
     "TABLE_SCALE_OFFSET",
     "TABLE_U_OFFSET",
     "TABLE_V_OFFSET",
+    "add_rows_",
     "delta_embedding",
     "delta_embedding_",
     "delta_gemm",
@@ -296,6 +297,23 @@ def delta_embedding_(
         vocab_size,
         max_rank=max_rank,
     )
+
+
+def add_rows_(ys: Sequence[Tensor], values: Tensor, slots: Tensor) -> None:
+    """Add to every token of ``ys`` its own row of ``values`` in place, in one launch:
+    ``ys[i][t] += values[slots[t], first_i : first_i + width_i]``, where the ys' widths, in order,
+    cut a row of ``values`` into parts side by side.
+
+    What fine-tunes add to the biases of q, k and v. ``ys``: 1..8, fp16, bf16 or fp32, all of one
+    type, ``[..., width_i]`` with as many tokens each as ``slots``, lying as in :func:`delta_gemm_`;
+    none overlap. ``values`` fp32 ``[capacity, columns]``, the widths' sum being ``columns``;
+    ``slots`` int32 ``[tokens]``. Where a slot is outside ``0..capacity-1``, the base, y stays as it
+    is, bit by bit. Sums are fp32, rounded once: the same bits on every device.
+
+    Raises for another number of ys, of columns or of tokens, and for ys whose rows have gaps
+    between their elements or overlap.
+    """
+    torch.ops.adamix.add_rows_.default([_rows_of(y) for y in ys], values, slots)
 
 
 def _as_tokens(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-// delta_gemm of few tokens on the GPU, each worked on alone: as the CPU has it, and with the bits of
-// the same token in any other call; see delta_gemm_call.h.
+// delta_gemm of few tokens on the GPU, each worked on alone: as the CPU has it, and with the bits
+// of the same token in any other call; see delta_gemm_call.h.
 #include <gtest/gtest.h>
 
 #include "delta_gemm/each_token.cuh"

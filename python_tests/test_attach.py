@@ -14,7 +14,7 @@ from adamix.errors import BankError
 from adamix.serving.modules import SITE
 from adamix.serving.sites import find_sites
 
-OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_")
+OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_", "add_rows_")
 FP32 = 1e-4  # of the largest logit, DESIGN: what is equal to what
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 

@@ -15,7 +15,7 @@ from adamix.errors import BankError, DeltaFileError, FingerprintError
 from adamix.merging import restored_model
 from adamix.serving.image import words_of
 
-OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_")
+OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_", "add_rows_")
 IDS = torch.arange(3, 12)[None]
 ROOM = {"max_rank": 64, "capacity_bytes": 1 << 20}
 

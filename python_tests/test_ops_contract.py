@@ -14,7 +14,7 @@ from adamix import ops
 
 DEVICES = ("cpu", "cuda")
 EMBEDDINGS = ("delta_embedding", "delta_embedding_")
-OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS, *EMBEDDINGS)
+OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS, *EMBEDDINGS, "add_rows_")
 KEYWORDS = {"delta_embedding": {"dtype": torch.bfloat16}}
 IN, OUT, TOKENS = 40, 35, 6
 OUTS = [OUT, OUT, 20]
@@ -65,6 +65,7 @@ def arguments(operator: str, device: str = "cpu") -> list:
         "delta_gemm_.segments": lambda: [*layers(), *as_segments(SLOTS, 6, "cpu")],
         "delta_embedding": lambda: [torch.arange(TOKENS), *routed(), OUT, IN],
         "delta_embedding_": lambda: [torch.randn(TOKENS, IN), torch.arange(TOKENS), *routed(), OUT],
+        "add_rows_": lambda: [layers()[0], torch.randn(3, sum(OUTS)), routed()[2]],
     }[operator]()
     return each_tensor(lambda t: t.to(device), made)
 
@@ -152,12 +153,12 @@ def test_fake_kernels_know_the_shapes_and_types():
         assert all(t.is_meta for t in fake)
 
 
-@pytest.mark.parametrize("overload", [*OVERLOADS, *EMBEDDINGS, "gptq"])
+@pytest.mark.parametrize("overload", [*OVERLOADS, *EMBEDDINGS, "gptq", "add_rows_"])
 def test_tensors_on_two_devices_are_refused(device, overload):
     """On the CPU by the fake kernel, which torch picks as soon as one tensor is on "meta"."""
     elsewhere = "meta" if device == "cpu" else "cpu"
     args = arguments(overload, device)
-    first = 1 if writes_into_an_argument(overload) else 0  # x, tokens or weight: others follow
+    first = 1 if writes_into_an_argument(overload) else 0  # the one that others follow
     for place, arg in enumerate(args):
         if isinstance(arg, Tensor):
             moved = arg.to(elsewhere)
@@ -166,7 +167,7 @@ def test_tensors_on_two_devices_are_refused(device, overload):
         else:
             continue
         places = (elsewhere, device) if place == first else (device, elsewhere)
-        words = r"^{}: \S+ must be on the device of (x|tokens|weight), {}(:0)?, got {}"
+        words = r"^{}: \S+ must be on the device of (x|tokens|weight|values), {}(:0)?, got {}"
         with pytest.raises(RuntimeError, match=words.format(overload, *places)):
             results(overload, [*args[:place], moved, *args[place + 1 :]])
 

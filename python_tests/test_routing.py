@@ -6,20 +6,22 @@ import torch
 from adamix.errors import BankError
 from adamix.serving.routing import BASE, MAX_ROWS, Routing
 
+SLOTS = 6  # of the bank; on the device it stands for the base
+
 
 @pytest.fixture
 def routing():
-    return Routing(torch.device("cpu"))
+    return Routing(torch.device("cpu"), SLOTS)
 
 
 def test_at_first_everything_is_the_bases(routing):
-    assert routing.of(1).tolist() == [BASE] and routing.of(6).tolist() == [BASE] * 6
+    assert routing.of(1).tolist() == [SLOTS] and routing.of(6).tolist() == [SLOTS] * 6
 
 
 def test_a_row_has_adjacent_tokens_and_beams(routing):
     routing.write([2, BASE, 0])
-    assert routing.of(3).tolist() == [2, BASE, 0]
-    assert routing.of(6).tolist() == [2, 2, BASE, BASE, 0, 0]
+    assert routing.of(3).tolist() == [2, SLOTS, 0]
+    assert routing.of(6).tolist() == [2, 2, SLOTS, SLOTS, 0, 0]
     assert routing.of(3).dtype == torch.int32
 
 
@@ -27,13 +29,13 @@ def test_the_buffer_is_rewritten_in_place(routing):
     routing.write([1, 2])
     view = routing.of(2)
     routing.write([5, BASE])
-    assert view.tolist() == [5, BASE] and view.data_ptr() == routing.slots.data_ptr()
+    assert view.tolist() == [5, SLOTS] and view.data_ptr() == routing.slots.data_ptr()
 
 
 def test_by_token_what_follows_is_the_bases(routing):
     routing.write([3, 3, 3, 3])
     routing.write([1, 0], by_token=True)
-    assert routing.of(4).tolist() == [1, 0, BASE, BASE] and routing.of(1).tolist() == [1]
+    assert routing.of(4).tolist() == [1, 0, SLOTS, SLOTS] and routing.of(1).tolist() == [1]
 
 
 @pytest.mark.parametrize("count", [4, 5, 7])
@@ -49,7 +51,7 @@ def test_a_route_has_rows(routing, count):
         routing.write([0] * count)
 
 
-VALUES = torch.tensor([[10.0, 11], [20, 21], [90, 91]])  # two slots, the base
+VALUES = torch.tensor([[10.0, 11], [20, 21], *[[30, 31]] * (SLOTS - 2), [90, 91]])  # base last
 
 
 def test_values_are_gathered_by_row_and_broadcast(routing):
@@ -79,7 +81,7 @@ def test_a_shorter_route_leaves_nothing_of_the_one_before(routing):
     address = routing.slots.data_ptr()
     for slots in ([1, 0, 1, 1, 0], [0], [1, 1, 0]):
         routing.write(slots, by_token=True)
-        assert routing.of(8).tolist() == slots + [BASE] * (8 - len(slots))
+        assert routing.of(8).tolist() == slots + [SLOTS] * (8 - len(slots))
     assert routing.slots.data_ptr() == address
 
 

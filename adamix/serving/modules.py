@@ -28,7 +28,6 @@ class MatrixSite:
     table: Tensor  # int64 [slots, TABLE_COLUMNS]
     max_rank: int
     routing: Routing
-    token_dim: int = 1
     scale: float = 1.0  # an embedding's, on its rows
 
     def __post_init__(self) -> None:
@@ -61,7 +60,7 @@ class Group:
 
     Args:
         sites: the layers'.
-        biases: fp32 `[slots + 1, sum of bias_sizes]`, the fine-tune's less the base's.
+        biases: fp32 `[slots, sum of bias_sizes]`, the fine-tune's less the base's.
         bias_sizes: of each layer; 0 where it has none.
     """
 
@@ -99,10 +98,8 @@ class Group:
             tables = [site.table for site in sites]
             ops.delta_gemm_layers_(ys, x, first.arena, tables, slots, max_rank=max_rank)
         if self.biases is not None:
-            rows = first.routing.gather(self.biases, ys[0], first.token_dim)
-            for y, own in zip(ys, rows.split(self.bias_sizes, dim=-1), strict=True):
-                if own.shape[-1] > 0:
-                    y += own
+            biased = [y for y, size in zip(ys, self.bias_sizes, strict=True) if size > 0]
+            ops.add_rows_(biased, self.biases, slots)
         return ys
 
 
@@ -238,7 +235,7 @@ def can_differ_by_row(module: nn.Module) -> bool:
 
     x = random(2, 3, lengths.pop())
     values = {name: random(3, parameter.numel()) for name, parameter in own.items()}
-    routing = Routing(first.device)
+    routing = Routing(first.device, 2)
     routing.write([0, 1])
     before = {name: parameter.data for name, parameter in own.items()}
     try:

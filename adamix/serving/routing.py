@@ -13,6 +13,8 @@ from torch import Tensor
 from adamix.errors import BankError
 
 BASE = -1  # a slot that holds nothing; as an index, the last row of a table: the base's
+# On the device the base's slot is the one behind all slots: the operators add nothing for it, and
+# no other kernel is needed to make an index of it.
 MAX_ROWS = 1 << 16
 
 
@@ -21,10 +23,15 @@ class Routing:
 
     A row's tokens are adjacent when the leading dimensions of an activation are flattened. A batch
     of k times as many rows (beams, several sequences a prompt) has each row k times in turn.
+
+    Args:
+        base: what stands for the base on the device: the number of slots. So tables with a row a
+            slot have none for it, and in those with one row more, `gather`'s, it is the last.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.slots: Tensor = torch.full((MAX_ROWS,), BASE, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, base: int) -> None:
+        self.base = base
+        self.slots: Tensor = torch.full((MAX_ROWS,), base, dtype=torch.int32, device=device)
         torch._dynamo.mark_static_address(self.slots)
         self.rows = 1
         self.by_token = False  # whether a row is one token
@@ -34,15 +41,19 @@ class Routing:
     def write(self, slots: Sequence[int] | Tensor, *, by_token: bool = False) -> None:
         """Route rows, or tokens, in order on the current stream; what follows them is the base's.
 
+        Args:
+            slots: of each row or token; BASE or any other below 0 for the base.
+
         Raises:
             BankError: none, or more than the buffer holds.
         """
         if not 1 <= len(slots) <= MAX_ROWS:
             raise BankError(f"a route has 1..{MAX_ROWS} rows, got {len(slots)}")
         # One copy a batch: it also gives back to the base what the route before has left behind.
-        values = torch.full((max(len(slots), self._written),), BASE, dtype=torch.int32,
+        values = torch.full((max(len(slots), self._written),), self.base, dtype=torch.int32,
                             pin_memory=self.slots.is_cuda)
-        values[: len(slots)] = torch.as_tensor(slots, dtype=torch.int32)
+        own = torch.as_tensor(slots, dtype=torch.int32)
+        values[: len(slots)] = own.masked_fill(own < 0, self.base)
         self.slots[: len(values)].copy_(values, non_blocking=True)
         self.rows = self._written = len(slots)
         self.by_token, self._selected = by_token, None
@@ -58,7 +69,7 @@ class Routing:
         self._selected = tokens
 
     def of(self, count: int) -> Tensor:
-        """Slots int32 `[count]` of so many rows or tokens.
+        """Slots int32 `[count]` of so many rows or tokens, `base` for the base.
 
         Raises:
             BankError: they are no multiple of the routed rows, or not those that are selected.
@@ -88,4 +99,4 @@ class Routing:
         dim = min(token_dim, like.dim() - 2) if self.by_token else 0
         shape = [1] * like.dim()
         shape[dim], shape[-1] = like.shape[dim], values.shape[1]
-        return values[self.of(like.shape[dim])].view(shape)
+        return values.index_select(0, self.of(like.shape[dim])).view(shape)

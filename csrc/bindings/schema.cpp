@@ -41,4 +41,7 @@ STABLE_TORCH_LIBRARY(adamix, m) {
   m.def(
       "delta_embedding_(Tensor(a!) y, Tensor tokens, Tensor arena, Tensor table, Tensor slots, "
       "int vocab_size, *, int? max_rank=None) -> ()");
+  // ys [tokens, width_i], values fp32 [capacity, sum of the widths], slots int32 [tokens]: each
+  // token's row of values, cut as the ys are, added in fp32 and rounded once
+  m.def("add_rows_(Tensor(a!)[] ys, Tensor values, Tensor slots) -> ()");
 }

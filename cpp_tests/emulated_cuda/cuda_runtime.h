@@ -148,6 +148,14 @@ template <typename T>
 T __ldcs(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
+template <typename T>
+void __stcg(T* pointer, T value) {
+  *pointer = value;
+}
 
 template <typename T>
 T atomicAdd(T* pointer, T value) {

@@ -38,29 +38,60 @@ struct AddRowsPlan {
   int64_t chunks;
 };
 
-__device__ __forceinline__ Part part_of(const AddRowsPlan& plan, int64_t chunk) {
-  Part part = plan.parts[0];
+__device__ __forceinline__ const Part& part_of(const AddRowsPlan& plan, int64_t chunk) {
+  int part = 0;
 #pragma unroll
   for (int i = 1; i < kMaxRowTargets; ++i) {
-    if (i < plan.part_count && chunk >= plan.parts[i].first_chunk) part = plan.parts[i];
+    if (i < plan.part_count && chunk >= plan.parts[i].first_chunk) part = i;
   }
-  return part;
+  return plan.parts[part];
 }
 
 template <typename T>
-__device__ __noinline__ void store_singly(T* y, const T* sums, int count) {
+__device__ __noinline__ void store_singly(T* y, const Eight<T>& sums, int count) {
 #pragma unroll 1
-  for (int j = 0; j < count; ++j) y[j] = sums[j];
+  for (int j = 0; j < count; ++j) y[j] = reinterpret_cast<const T*>(&sums)[j];
+}
+
+// Eight adjacent elements, 16 bytes at a time by name: nvcc would take some of them in pieces.
+template <typename T>
+__device__ __forceinline__ Eight<T> load_vector(const T* data) {
+  Eight<T> eight;
+#pragma unroll
+  for (int j = 0; j < Eight<T>::kWords; j += 4) {
+    const uint4 four = __ldcg(reinterpret_cast<const uint4*>(data) + j / 4);
+    eight.words[j] = four.x, eight.words[j + 1] = four.y;
+    eight.words[j + 2] = four.z, eight.words[j + 3] = four.w;
+  }
+  return eight;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* data, const Eight<T>& eight) {
+  const uint32_t* words = eight.words;
+#pragma unroll
+  for (int j = 0; j < Eight<T>::kWords; j += 4) {
+    __stcg(reinterpret_cast<uint4*>(data) + j / 4,
+           make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]));
+  }
+}
+
+// Zeros behind the last of `count`.
+template <typename T>
+__device__ __forceinline__ Eight<T> load(const T* data, int count, bool vector) {
+  if (vector && count == kChunk) return load_vector(data);
+  Eight<T> eight;
+  eight.load(data, 0, count, false);
+  return eight;
 }
 
 // y[0 .. count), 1 to 8 elements, += values.
 template <typename T>
 __device__ __forceinline__ void add_chunk(T* y, const float* values, int count, bool vector_y,
                                           bool vector_values) {
-  Eight<T> before, after;
-  Eight<float> own;
-  own.load(values, 0, count, vector_values);
-  before.load(y, 0, count, vector_y);
+  const Eight<float> own = load(values, count, vector_values);
+  const Eight<T> before = load<T>(y, count, vector_y);
+  Eight<T> after;
 #pragma unroll
   for (int j = 0; j < kChunk; j += 2) {
     const float low = before.value(j) + own.value(j);
@@ -72,15 +103,10 @@ __device__ __forceinline__ void add_chunk(T* y, const float* values, int count, 
     }
   }
   if (vector_y && count == kChunk) {
-    const uint32_t* words = after.words;
-#pragma unroll
-    for (int j = 0; j < Eight<T>::kWords; j += 4) {
-      reinterpret_cast<uint4*>(y)[j / 4] =
-          make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]);
-    }
+    store_vector(y, after);
   } else {
     const Eight<T> copy = after;  // so that the one above can stay in registers
-    store_singly(y, reinterpret_cast<const T*>(&copy), count);
+    store_singly(y, copy, count);
   }
 }
 
@@ -88,11 +114,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     add_rows_kernel(const __grid_constant__ AddRowsCudaArgs args,
                     const __grid_constant__ AddRowsPlan plan) {
+  const int64_t chunk = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const Part part = part_of(plan, chunk);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int64_t chunk = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (chunk >= plan.chunks) return;
-  const Part part = part_of(plan, chunk);
   const int64_t column = (chunk - part.first_chunk) * kChunk;
   const int count = static_cast<int>(min(part.y.width - column, int64_t{kChunk}));
   for (int64_t token = blockIdx.y; token < args.tokens; token += gridDim.y) {

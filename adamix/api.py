@@ -83,8 +83,12 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
     device = plan.matrices[0].modules[0].weight.device
     routing, memory = Routing(device, slots), Memory(places, slots, capacity_bytes, device)
     installed = _install(plan, places, routing, memory)
+    hooks = (model.register_forward_pre_hook(routing.begin_pass),
+             model.register_forward_hook(routing.end_pass, always_call=True))
 
     def detach() -> None:
+        for hook in hooks:
+            hook.remove()
         while installed:
             uninstall(installed.pop())
 
@@ -220,7 +224,10 @@ def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> li
                if f"{module_name}.{name}" in places.values}
         if own:
             values = {name: memory.columns(place) for name, place in own.items()}
-            site = ValuesSite(module, values, routing, plan.token_dims.get(module, 1))
+            tables = {place.dtype for place in own.values()}
+            table = memory.values[tables.pop()] if len(tables) == 1 else None
+            site = ValuesSite(module, values, routing, plan.token_dims.get(module, 1), table,
+                              {name: place.begin for name, place in own.items()})
             install(module, mixin_for_values(module), site)
             installed.append(module)
     return installed

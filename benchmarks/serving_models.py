@@ -141,7 +141,7 @@ class Sequences:
         self.tokens = torch.zeros_like(prompts[:, :1])
         self.positions = torch.zeros_like(prompts[:, :1])
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._forward = model.forward
+        self._forward = model
         if compiled:
             self._forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 

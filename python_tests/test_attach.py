@@ -166,6 +166,7 @@ def test_parameters_stay_where_they_are_and_detach_leaves_no_trace():
     family.bank.detach()
     assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
     assert not any(SITE in module.__dict__ for module in model.modules())
+    assert not model._forward_pre_hooks and not model._forward_hooks
     ids = ids_of(2)
     assert torch.equal(family.logits(ids), base(ids).logits)
     adamix.attach(model, family.deltas, verify=None)  # and it can be attached again

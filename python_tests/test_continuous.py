@@ -315,10 +315,12 @@ def test_nothing_stays_behind(served, monkeypatch):
     before = [dict(vars(kind)) for kind in kinds]
     attention = served.model.config._attn_implementation
     threads = threading.active_count()
+    hooks = list(served.model._forward_pre_hooks)
     (prompt,) = prompts_of(5)
 
     def assert_clean():
-        assert not served.model._forward_pre_hooks and not served.model.model._forward_hooks
+        assert list(served.model._forward_pre_hooks) == hooks
+        assert not served.model.model._forward_hooks
         assert served.model.config._attn_implementation == attention
         assert threading.active_count() == threads
         assert [dict(vars(kind)) for kind in kinds] == before

@@ -77,6 +77,31 @@ def test_values_are_gathered_by_token_where_the_tokens_are(routing):
     assert flat[:, 0].tolist() == [20, 10, 90]
 
 
+def test_in_a_pass_a_table_is_gathered_once(routing):
+    table = torch.arange(35.0).reshape(SLOTS + 1, 5)
+    values, like = table[:, 2:4], torch.zeros(2, 4, 2)
+
+    def gather(like=like):
+        return routing.gather(values, like, 1, table, 2)
+
+    routing.write([1, BASE])
+    routing.begin_pass()
+    once = gather()
+    assert once.tolist() == [[[7, 8]], [[32, 33]]]
+    assert gather().untyped_storage().data_ptr() == once.untyped_storage().data_ptr()
+    flat = gather(torch.zeros(6, 2))  # not the routed rows: on their own
+    assert flat[:, 0].tolist() == [7, 7, 7, 32, 32, 32]
+    routing.write([0, 2])  # within the pass
+    assert gather().tolist() == [[[2, 3]], [[12, 13]]]
+    routing.end_pass()
+    table += 100
+    assert gather().tolist() == [[[102, 103]], [[112, 113]]]
+    routing.begin_pass()
+    assert gather().tolist() == [[[102, 103]], [[112, 113]]]
+    routing.write([1, 0], by_token=True)
+    assert gather(torch.zeros(1, 2, 2)).tolist() == [[[107, 108], [102, 103]]]
+
+
 def test_a_shorter_route_leaves_nothing_of_the_one_before(routing):
     address = routing.slots.data_ptr()
     for slots in ([1, 0, 1, 1, 0], [0], [1, 1, 0]):

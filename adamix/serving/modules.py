@@ -42,10 +42,18 @@ class ValuesSite:
     values: dict[str, Tensor]  # parameter -> [slots + 1, n], the base's last
     routing: Routing
     token_dim: int = 1
+    table: Tensor | None = None  # what the values are columns of
+    begins: dict[str, int] = field(default_factory=dict)  # parameter -> its first column there
     gathered: dict[str, Tensor] = field(default_factory=dict)  # while the module runs
 
     def __post_init__(self) -> None:
-        _stay(*self.values.values())
+        _stay(self.table, *self.values.values())
+
+    def rows(self, x: Tensor) -> dict[str, Tensor]:
+        """Each row's own, shaped to broadcast over the input `x`."""
+        return {name: self.routing.gather(values, x, self.token_dim, self.table,
+                                          self.begins.get(name, 0))
+                for name, values in self.values.items()}
 
 
 def _stay(*tensors: Tensor | None) -> None:
@@ -149,8 +157,7 @@ class RoutedValues(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         site = self.adamix_site
-        for name, values in site.values.items():
-            site.gathered[name] = site.routing.gather(values, x, site.token_dim)
+        site.gathered.update(site.rows(x))
         y = super().forward(x)
         site.gathered.clear()
         return y
@@ -163,8 +170,7 @@ class RoutedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         site = self.adamix_site
-        rows = {name: site.routing.gather(values, x, site.token_dim).float()
-                for name, values in site.values.items()}
+        rows = {name: values.float() for name, values in site.rows(x).items()}
         if isinstance(self, nn.LayerNorm):
             y = F.layer_norm(x.float(), self.normalized_shape, eps=self.eps)
         else:

@@ -16,6 +16,7 @@ BASE = -1  # a slot that holds nothing; as an index, the last row of a table: th
 # On the device the base's slot is the one behind all slots: the operators add nothing for it, and
 # no other kernel is needed to make an index of it.
 MAX_ROWS = 1 << 16
+MAX_TABLE_ROWS = 64  # of which all layers' values are gathered at once
 
 
 class Routing:
@@ -37,6 +38,8 @@ class Routing:
         self.by_token = False  # whether a row is one token
         self._selected: Tensor | None = None
         self._written = 0  # leading entries that may not be the base's
+        # During a forward pass of the model: rows of whole tables, each gathered at most once.
+        self._gathered: dict[torch.dtype, Tensor] | None = None
 
     def write(self, slots: Sequence[int] | Tensor, *, by_token: bool = False) -> None:
         """Route rows, or tokens, in order on the current stream; what follows them is the base's.
@@ -57,6 +60,8 @@ class Routing:
         self.slots[: len(values)].copy_(values, non_blocking=True)
         self.rows = self._written = len(slots)
         self.by_token, self._selected = by_token, None
+        if self._gathered is not None:
+            self._gathered = {}
 
     def select(self, tokens: Tensor | None) -> None:
         """From here on layers get only these of the routed tokens; None: all, as after `write`.
@@ -85,18 +90,35 @@ class Routing:
                             f"multiple of: call bank.route with a name for each row of the batch")
         return self.slots[: self.rows].repeat_interleave(count // self.rows)
 
-    def gather(self, values: Tensor, like: Tensor, token_dim: int) -> Tensor:
+    def begin_pass(self, *_: object) -> None:
+        """A forward pre-hook of the model: until `end_pass`, tables' rows are gathered once."""
+        self._gathered = None if torch.compiler.is_compiling() else {}
+
+    def end_pass(self, *_: object) -> None:
+        """A forward hook of the model."""
+        self._gathered = None
+
+    def gather(self, values: Tensor, like: Tensor, token_dim: int, table: Tensor | None = None,
+               begin: int = 0) -> Tensor:
         """Each row's values, shaped to broadcast over an activation.
 
         Args:
             values: `[slots + 1, n]`, the base's last.
             like: the activation, `[rows, .., n]`; by token `[1, .., n]`.
             token_dim: the dimension of `like` that is its tokens, where a batch is one row.
+            table: what `values` are columns of, `[slots + 1, all]`, the only one of its dtype.
+            begin: the first of them there.
 
         Returns:
             `[rows, 1, .., n]`; by token, its tokens in `token_dim`.
         """
         dim = min(token_dim, like.dim() - 2) if self.by_token else 0
+        count, columns = like.shape[dim], values.shape[1]
         shape = [1] * like.dim()
-        shape[dim], shape[-1] = like.shape[dim], values.shape[1]
-        return values.index_select(0, self.of(like.shape[dim])).view(shape)
+        shape[dim], shape[-1] = count, columns
+        few = count == self.rows <= MAX_TABLE_ROWS and not self.by_token
+        if table is None or self._gathered is None or not few:
+            return values.index_select(0, self.of(count)).view(shape)
+        if table.dtype not in self._gathered:
+            self._gathered[table.dtype] = table.index_select(0, self.of(count))
+        return self._gathered[table.dtype][:, begin : begin + columns].view(shape)

@@ -15,8 +15,10 @@ import argparse
 import random
 import sys
 import time
+from pathlib import Path
 
 import torch
+from rows import commit
 from serving_models import MODELS, Sequences, random_finetune, random_model
 from torch import Tensor
 
@@ -83,6 +85,8 @@ def main() -> None:
     start = time.perf_counter()
     for i, name in enumerate(names):
         bank.load(name, drawn[i % args.drawn])
+    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, commit "
+          f"{commit(Path(__file__).parent)}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     print(f"{len(names)} fine-tunes loaded in {time.perf_counter() - start:.1f} s, "
           f"{len(bank.resident)} of them resident: {bank.nbytes / 1e9:.2f} GB beside "
           f"{sum(p.nbytes for p in model.parameters()) / 1e9:.2f} GB of weights")
@@ -107,10 +111,8 @@ def main() -> None:
             bank.unload(away)
             bank.load(away, drawn[int(away) % args.drawn])
         bank.route(routed)
-        logits = decoder.run()
         of = [None if name is None else int(name) % args.drawn for name in routed]
-        exact = torch.stack([expected[which][row] for row, which in enumerate(of)])
-        wrong += (logits != exact).any(-1).sum().item()
+        wrong += count_wrong(decoder.run(), [expected[which][i] for i, which in enumerate(of)])
         tokens += args.rows
     seconds = time.perf_counter() - start
     swaps = bank.metrics.copies - before.copies
@@ -120,6 +122,11 @@ def main() -> None:
           f"{different}\nmemory on the device before {memory:,} bytes, after "
           f"{_memory(args.device):,}")
     sys.exit(wrong > 0 or not different or _memory(args.device) != memory)
+
+
+def count_wrong(logits: Tensor, exact: list[Tensor]) -> int:
+    """Rows of `[rows, vocabulary]` that differ anywhere."""
+    return int((logits != torch.stack(exact)).any(-1).sum())
 
 
 def _memory(device: str) -> int:

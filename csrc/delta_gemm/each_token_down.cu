@@ -126,11 +126,14 @@ class EachTokenDown {
       z = place_of_z(own_run);
       if (has_component(own_run)) scale = load_scale(own_run);
     }
-    const float unit = load_x();
+    int64_t sum_x = 0;  // of the thread's numbers
+    const float unit = load_x(sum_x);
     __syncthreads();
-    const int64_t all_x = sum_of_warps(shared_.all_x);
     multiply_units(widths, first, words);
+    put_warp_sum(sum_x, shared_.all_x, false);
     __syncthreads();
+    if (own >= runs()) return;
+    const int64_t all_x = sum_of_warps(shared_.all_x);
     if (z == nullptr) return;
     const int64_t levels = 2 * codes(own) - int64_t{max_code(own_run.bits)} * all_x;
     *z = has_component(own_run) ? scale * (static_cast<float>(levels) * unit) : 0.0f;
@@ -266,13 +269,11 @@ class EachTokenDown {
     }
   }
 
-  // Digits of whole panels, zeros behind the last input, and the sum of the numbers; returns their
-  // unit.
-  __device__ __forceinline__ float load_x() {
+  // Digits of whole panels, zeros behind the last input; adds up the numbers and returns their unit.
+  __device__ __forceinline__ float load_x(int64_t& sum) {
     const Unit unit = unit_for(max_of_warps(shared_.largest, kEachWarps));
     const int eights = plan_.panels * kPanelCodes / 8;
     Eight<T> eight = first_;
-    int64_t sum = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < eights;) {
       sum += store_digits(eight, unit, reinterpret_cast<uint32_t*>(planes_ + i * 8),
@@ -281,7 +282,6 @@ class EachTokenDown {
       eight = {};
       load_eight(eight, i * 8);
     }
-    put_warp_sum(sum, shared_.all_x, false);
     return unit.unit;
   }
 

@@ -129,8 +129,9 @@ class EachTokenUp {
       multiply(part, end_group - first_group);
       first_group = end_group;
     }
-    if (first_tile) tops_ = sum_of_warps(shared_.tops);
+    if (first_tile) put_warp_sum(tops_, shared_.tops, false);
     __syncthreads();
+    if (first_tile) tops_ = sum_of_warps(shared_.tops);
     add_to_y();
   }
 
@@ -218,7 +219,7 @@ class EachTokenUp {
       if (i < quads) four = z[i];
       if (i - mine < quads) top = widths.top_code_of(i / kGroupQuads);
     }
-    put_warp_sum(tops, shared_.tops, false);
+    tops_ = tops;
   }
 
   // --- product
@@ -308,7 +309,7 @@ class EachTokenUp {
   int prefetched_, end_panel_;  // of the layer's tiles
   const int64_t* row_ = nullptr;
   float unit_ = 0.0f;
-  int64_t tops_ = 0;
+  int64_t tops_ = 0;  // sum of all numbers times the largest code of their width
   T y_;  // before
 };
 

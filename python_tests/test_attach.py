@@ -12,6 +12,7 @@ import adamix
 from adamix.artifacts import ModelDelta
 from adamix.errors import BankError
 from adamix.serving.modules import SITE
+from adamix.serving.sites import find_sites
 
 OPERATORS = ("delta_gemm_", "delta_gemm_.layers", "delta_embedding_")
 FP32 = 1e-4  # of the largest logit, DESIGN: what is equal to what
@@ -217,6 +218,27 @@ def test_positions_are_no_tokens():
         adamix.attach(base, {"a": ModelDelta({name: packed}, {}, {}, delta.manifest)}, verify=None)
 
 
+class ShiftedEmbedding(nn.Embedding):
+    """Looks up another row than it is asked for, as OPT's positions do, and notes from where."""
+
+    seen: list[tuple[torch.device, int]] = []
+
+    def forward(self, tokens):
+        self.seen.append((self.weight.device, len(self.weight)))
+        return super().forward(tokens + 2)
+
+
+def test_an_embedding_is_looked_into_on_the_cpu_where_a_wrong_row_is_an_exception(device):
+    """On a GPU a row out of range ends the process."""
+    model = nn.Sequential(ShiftedEmbedding(40, 32), nn.Linear(32, 32)).to(device)
+    before = model[0].weight
+    ShiftedEmbedding.seen.clear()
+    plan = find_sites(model)
+    assert [matrix.name for matrix in plan.matrices] == ["1.weight"]
+    assert ShiftedEmbedding.seen == [(torch.device("cpu"), 16)]
+    assert model[0].weight is before and before.shape == (40, 32) and "weight" not in vars(model[0])
+
+
 def test_models_that_cannot_be_attached_are_refused():
     model = random_model("llama")
     with pytest.raises(BankError, match="pass base=FOLDER, or verify=None"):
@@ -239,8 +261,6 @@ def test_a_wrong_number_of_rows_is_refused_when_the_model_runs():
     family = Family()
     with family.bank.route(["a", "b"]), pytest.raises(BankError, match="2 rows are routed"):
         family.logits(ids_of(3))
-
-
 
 
 def test_autocast():

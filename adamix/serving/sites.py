@@ -7,6 +7,7 @@ module's parameters can differ from row to row.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from adamix.errors import BankError
 
 PROBE_ROWS = 2
 PROBE_TOKENS = (13, 11, 17)  # the first that is no size of the model: found again in shapes
+SCALE_ROWS = 16  # of an embedding, looked up to see how it scales them
 GROUP_MOST = 8  # matrices of one call of delta_gemm
 
 
@@ -168,13 +170,33 @@ def _scale(module: nn.Embedding, tokens: Tensor | None) -> float | None:
         return None
     if type(module).forward is nn.Embedding.forward:
         return 1.0
-    ids = torch.arange(min(16, module.num_embeddings), device=module.weight.device)
+    few = _first_rows(module, SCALE_ROWS)
     try:
-        own = module(ids[None])[0].double()
+        own = few(torch.arange(few.weight.shape[0])[None])[0].double()
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
-    plain = module.weight[ids].double()
+    plain = few.weight.double()
+    if own.shape != plain.shape:
+        return None
     scale = ((plain * own).sum() / plain.square().sum().clamp(min=1e-300)).item()
     rounding = 4 * torch.finfo(module.weight.dtype).eps
     agrees = (own - scale * plain).abs().max() <= rounding * own.abs().max()
     return scale if agrees else None
+
+
+def _first_rows(module: nn.Embedding, rows: int) -> nn.Embedding:
+    """A copy of an embedding with the first rows of its table, on the CPU.
+
+    A module that looks up other rows than it is asked for, as OPT's positions do, then raises an
+    IndexError. On a GPU it would fail a device-side assertion, after which nothing runs there.
+    """
+    few = copy.copy(module)
+    few._parameters = {name: None if tensor is None else nn.Parameter(
+        (tensor.detach()[:rows] if tensor is module.weight else tensor.detach()).cpu(),
+        requires_grad=False) for name, tensor in module._parameters.items()}
+    few._buffers = {name: None if tensor is None else tensor.detach().cpu()
+                    for name, tensor in module._buffers.items()}
+    few.num_embeddings = few.weight.shape[0]
+    if few.padding_idx is not None and few.padding_idx >= few.num_embeddings:
+        few.padding_idx = None
+    return few

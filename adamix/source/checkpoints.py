@@ -85,6 +85,11 @@ class Checkpoint:
         with self._open(self._file_of[name]) as reader:
             return reader.get_tensor(name)
 
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """One slice of a tensor along its first dimension, without reading the others."""
+        with self._open(self._file_of[name]) as reader:
+            return reader.get_slice(name)[index : index + 1][0]
+
     def copied_hash(self) -> str:
         """SHA-256 of its configuration and tokenizer: the files of `COPIED` that it has."""
         digest = hashlib.sha256()

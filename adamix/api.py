@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from adamix.artifacts import ModelDelta
 from adamix.errors import AdamixError, BankError, CheckpointError, FingerprintError
+from adamix.experts import expert_parameters, expert_shape
 from adamix.serving.bank import DeltaBank
+from adamix.serving.experts import (
+    BlockTable,
+    ExpertBlock,
+    ExpertsSite,
+    RoutedExperts,
+    RoutedRouter,
+    RouterSite,
+)
 from adamix.serving.image import MatrixPlace, Places, ValuesPlace, words_of
 from adamix.serving.memory import Memory
 from adamix.serving.modules import (
@@ -29,6 +38,7 @@ from adamix.serving.modules import (
 from adamix.serving.routing import Routing
 from adamix.serving.sites import Plan, find_sites
 from adamix.source.checkpoints import Checkpoint, fingerprint_of
+from adamix.source.parts import Part, expert_names, find_parts
 from adamix.storage.file import read_delta
 
 SLOTS = 8
@@ -74,15 +84,18 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
         raise BankError("the model has a bank already: detach it first")
     check = base_check(base or getattr(model, "name_or_path", ""), verify)
     plan = find_sites(model)
+    parts = find_parts(model)
     if not plan.matrices:
         raise BankError(f"{type(model).__name__} has no linear layer: deltas have no place in it")
     first = {name: delta if isinstance(delta, ModelDelta) else read_delta(Path(delta))
              for name, delta in (deltas or {}).items()}
-    places = _places(plan, max_rank, first.values())
+    blocks = _expert_blocks(model, plan, parts)
+    places = _places(plan, blocks, _aliases(model, parts), max_rank, first.values())
     slots, capacity_bytes = _sizes(places, slots, capacity_bytes, first.values())
     device = plan.matrices[0].modules[0].weight.device
     routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
     installed = _install(plan, places, routing, memory)
+    installed += _install_experts(plan, blocks, places, routing, memory)
 
     def detach() -> None:
         while installed:
@@ -152,34 +165,60 @@ def _sizes(places: Places, slots: int | None, capacity_bytes: int | None,
     return slots, capacity_bytes
 
 
-def _places(plan: Plan, max_rank: int | None, deltas: Iterable[ModelDelta]) -> Places:
+def _aliases(model: nn.Module, parts: dict[str, Part]) -> dict[str, str]:
+    """{what a checkpoint calls a parameter: its name in the model}, where they differ; one of the
+    base model alone leaves out what stands before all names."""
+    found = {name: part.parameter for name, part in parts.items() if part.expert is None}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    short = {name.removeprefix(prefix): own for name, own in found.items()}
+    return {name: own for name, own in (short | found).items() if name != own}
+
+
+def _expert_blocks(model: nn.Module, plan: Plan, parts: dict[str, Part]
+                   ) -> dict[str, list[ExpertBlock]]:
+    """{experts module: what of it has deltas of its own}."""
+    return {name: [ExpertBlock(parameter, begin, end, names)
+                   for parameter in expert_parameters(module)
+                   for begin, end, names in expert_names(model, parts, f"{name}.{parameter}")]
+            for name, module in plan.experts.items()}
+
+
+def _places(plan: Plan, blocks: dict[str, list[ExpertBlock]], aliases: dict[str, str],
+            max_rank: int | None, deltas: Iterable[ModelDelta]) -> Places:
     ranks: dict[str, int] = {}
     for delta in deltas:
         for name, packed in delta.matrices.items():
+            name = aliases.get(name, name)
             ranks[name] = max(ranks.get(name, 0), packed.rank)
-    matrices = {
-        matrix.name: MatrixPlace(i, matrix.shape,
-                                 most_components(matrix.shape, max_rank, ranks.get(matrix.name, 0)))
-        for i, matrix in enumerate(plan.matrices)}
+    shapes = {matrix.name: matrix.shape for matrix in plan.matrices}
+    for name, of_module in blocks.items():  # a block's experts side by side: one table has them all
+        for block in of_module:
+            inputs = expert_shape(plan.experts[name], block.parameter)[1]
+            shapes |= dict.fromkeys(block.names, (block.end - block.begin, inputs))
+    matrices = {name: MatrixPlace(i, shape, most_components(shape, max_rank, ranks.get(name, 0)))
+                for i, (name, shape) in enumerate(shapes.items())}
     values: dict[str, ValuesPlace] = {}
     columns: dict[torch.dtype, int] = {}
 
-    def add(name: str, parameter: Tensor, dtype: torch.dtype, is_bias: bool) -> None:
+    def add(name: str, parameter: Tensor, dtype: torch.dtype, is_added: bool) -> None:
         begin = columns.get(dtype, 0)
         columns[dtype] = end = begin + parameter.numel()
-        values[name] = ValuesPlace(begin, end, dtype, parameter.detach().float().cpu(), is_bias)
+        values[name] = ValuesPlace(begin, end, dtype, parameter.detach().float().cpu(), is_added)
 
     for module_name, module in plan.values.items():
         if not can_differ_by_row(module):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            add(f"{module_name}.{name}", parameter, parameter.dtype, is_bias=False)
+            add(f"{module_name}.{name}", parameter, parameter.dtype, is_added=False)
+    for module_name, module in plan.routers.items():
+        for name, parameter in module.named_parameters():
+            add(f"{module_name}.{name}", parameter, torch.float32, is_added=True)
     names = _bias_names(plan)
     for group in plan.groups:  # those of a group side by side: they are gathered at once
         for module in group:
             if module.bias is not None:
-                add(names[module], module.bias, torch.float32, is_bias=True)
-    return Places(matrices, values, columns)
+                add(names[module], module.bias, torch.float32, is_added=True)
+    return Places(matrices, values, columns, aliases)
 
 
 def _bias_names(plan: Plan) -> dict[nn.Module, str]:
@@ -225,3 +264,23 @@ def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> li
             install(module, mixin_for_values(module), site)
             installed.append(module)
     return installed
+
+
+def _install_experts(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: Places,
+                     routing: Routing, memory: Memory) -> list[nn.Module]:
+    """Give experts and routers their sites; the modules, in order."""
+    slots = memory.tables.shape[1]
+    for name, module in plan.experts.items():
+        tables = []
+        for block in blocks[name]:
+            of_experts = [places.matrices[delta] for delta in block.names]
+            first, last = of_experts[0].index, of_experts[-1].index
+            tables.append(BlockTable(block, memory.tables[first : last + 1].flatten(0, 1),
+                                     max(place.max_rank for place in of_experts)))
+        site = ExpertsSite(module, tables, memory.arena.words, slots, routing)
+        install(module, RoutedExperts, site)
+    for name, module in plan.routers.items():
+        changes = {own: memory.columns(places.values[f"{name}.{own}"])
+                   for own, _ in module.named_parameters()}
+        install(module, RoutedRouter, RouterSite(module, changes, routing))
+    return [*plan.experts.values(), *plan.routers.values()]

@@ -15,12 +15,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adamix.errors import BankError
+from adamix.experts import is_experts
+from adamix.serving.experts import can_route_experts, can_route_linear_map, is_linear_map
 
 PROBE_ROWS = 2
 PROBE_TOKENS = (13, 11, 17)  # the first that is no size of the model: found again in shapes
 SCALE_ROWS = 16  # of an embedding, looked up to see how it scales them
+LINEAR = (nn.Linear, Conv1D)
 GROUP_MOST = 8  # matrices of one call of delta_gemm
 
 
@@ -42,6 +46,8 @@ class Plan:
     values: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
     token_dims: dict[nn.Module, int] = field(default_factory=dict)
     scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings, on their rows
+    experts: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
+    routers: dict[str, nn.Module] = field(default_factory=dict)  # linear maps of other classes
 
 
 @dataclass
@@ -52,7 +58,7 @@ class _Call:
 
 
 def find_sites(model: nn.Module) -> Plan:
-    """Every linear layer, embedding and norm of a model.
+    """Every linear layer, embedding, norm, layer of experts and router of a model.
 
     Raises:
         BankError: its parameters are on several devices.
@@ -69,13 +75,19 @@ def find_sites(model: nn.Module) -> Plan:
             if scale is None:
                 continue
             plan.scales[module] = scale
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (*LINEAR, nn.Embedding)):
             matrix = Matrix(f"{name}.weight", [module], _shape(module))
             tied = by_weight.setdefault(module.weight, matrix)
             if tied is matrix:
                 plan.matrices.append(matrix)
             else:
                 tied.modules.append(module)
+        elif is_experts(module):
+            if can_route_experts(module):
+                plan.experts[name] = module
+        elif is_linear_map(module):
+            if can_route_linear_map(module):
+                plan.routers[name] = module
         elif _has_values(module):
             plan.values[name] = module
     plan.groups = _groups(calls, model)
@@ -84,10 +96,12 @@ def find_sites(model: nn.Module) -> Plan:
     return plan
 
 
-def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+def _shape(module: nn.Linear | Conv1D | nn.Embedding) -> tuple[int, int]:
     """[out, in] as a delta has it, however the layer packs its weight."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
     return module.num_embeddings, module.embedding_dim
 
 
@@ -149,7 +163,7 @@ def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
     """Linear layers of one parent module that were called once each, on one tensor; all others
     alone."""
     parents = {child: parent for parent in model.modules() for child in parent.children()}
-    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    linears = [call for call in calls if isinstance(call.module, LINEAR)]
     times = Counter(call.module for call in linears)
     shared: dict[tuple[int, nn.Module], list[nn.Module]] = {}
     for call in linears:
@@ -159,7 +173,7 @@ def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
              for first in range(0, len(group), GROUP_MOST)]
     grouped = {module for group in found for module in group}
     return found + [[module] for module in model.modules()
-                    if isinstance(module, nn.Linear) and module not in grouped]
+                    if isinstance(module, LINEAR) and module not in grouped]
 
 
 @torch.inference_mode()

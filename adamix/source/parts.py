@@ -65,6 +65,27 @@ def find_parts(model: nn.Module, names: Collection[str] | None = None) -> dict[s
     return {name: known[name] for name in names if name in known}
 
 
+def expert_names(model: nn.Module, parts: Mapping[str, Part], stack: str
+                 ) -> list[tuple[int, int, list[str]]]:
+    """What a checkpoint calls the experts' matrices of a parameter: (first output, the one after
+    the last, the name of each expert's). Empty where it does not hold them as matrices."""
+    module = model.get_submodule(stack.rpartition(".")[0])
+    mine = {name: part for name, part in parts.items() if part.parameter == stack}
+    experts, *sides = model.get_parameter(stack).shape
+    outputs = int(module.is_transposed)
+    whole = next((name for name, part in mine.items() if part.expert is None), None)
+    if whole is not None:
+        return [(0, sides[outputs], [f"{whole}.{i}" for i in range(experts)])]
+    blocks: dict[tuple[int, int], dict[int, str]] = {}
+    for name, part in mine.items():
+        full = part.end - part.begin == sides[part.axis]
+        if part.axis == outputs or full:
+            block = (0, sides[outputs]) if full else (part.begin, part.end)
+            blocks.setdefault(block, {})[part.expert] = name
+    return [(*block, [names[i] for i in range(experts)])
+            for block, names in sorted(blocks.items()) if len(names) == experts]
+
+
 def _as_saved(model: nn.Module, own: Mapping[str, Part]) -> dict[str, Part]:
     """The parts by the names of transformers' `save_pretrained`."""
     if not isinstance(model, PreTrainedModel):

@@ -38,7 +38,7 @@ from adamix.serving.modules import (
 from adamix.serving.routing import Routing
 from adamix.serving.sites import Plan, find_sites
 from adamix.source.checkpoints import Checkpoint, fingerprint_of
-from adamix.source.parts import Part, expert_names, find_parts
+from adamix.source.parts import expert_names, find_parts
 from adamix.storage.file import read_delta
 
 SLOTS = 8
@@ -79,23 +79,19 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
         DeltaFileError, FingerprintError: one of them is damaged, or of another base.
         ValueError: an argument out of its range.
     """
-    _check_arguments(slots, capacity_bytes, max_rank, verify)
-    if any(SITE in module.__dict__ for module in model.modules()):
-        raise BankError("the model has a bank already: detach it first")
+    _check_arguments(model, slots, capacity_bytes, max_rank, verify)
     check = base_check(base or getattr(model, "name_or_path", ""), verify)
     plan = find_sites(model)
-    parts = find_parts(model)
     if not plan.matrices:
         raise BankError(f"{type(model).__name__} has no linear layer: deltas have no place in it")
     first = {name: delta if isinstance(delta, ModelDelta) else read_delta(Path(delta))
              for name, delta in (deltas or {}).items()}
-    blocks = _expert_blocks(model, plan, parts)
-    places = _places(plan, blocks, _aliases(model, parts), max_rank, first.values())
+    blocks, aliases = _names(model, plan)
+    places = _places(plan, blocks, aliases, max_rank, first.values())
     slots, capacity_bytes = _sizes(places, slots, capacity_bytes, first.values())
     device = plan.matrices[0].modules[0].weight.device
     routing, memory = Routing(device), Memory(places, slots, capacity_bytes, device)
-    installed = _install(plan, places, routing, memory)
-    installed += _install_experts(plan, blocks, places, routing, memory)
+    installed = _install(plan, blocks, places, routing, memory)
 
     def detach() -> None:
         while installed:
@@ -113,14 +109,16 @@ def attach(model: nn.Module, deltas: Mapping[str, str | Path | ModelDelta] | Non
     return bank
 
 
-def _check_arguments(slots: int | None, capacity_bytes: int | None, max_rank: int | None,
-                     verify: str | None) -> None:
+def _check_arguments(model: nn.Module, slots: int | None, capacity_bytes: int | None,
+                     max_rank: int | None, verify: str | None) -> None:
     for name, value in (("slots", slots), ("capacity_bytes", capacity_bytes),
                         ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if verify not in VERIFY:
         raise ValueError(f"verify must be one of {list(VERIFY)}, got {verify!r}")
+    if any(SITE in module.__dict__ for module in model.modules()):
+        raise BankError("the model has a bank already: detach it first")
 
 
 def base_check(source: str | Path, verify: str | None) -> Callable[[ModelDelta, str], None]:
@@ -165,22 +163,23 @@ def _sizes(places: Places, slots: int | None, capacity_bytes: int | None,
     return slots, capacity_bytes
 
 
-def _aliases(model: nn.Module, parts: dict[str, Part]) -> dict[str, str]:
-    """{what a checkpoint calls a parameter: its name in the model}, where they differ; one of the
-    base model alone leaves out what stands before all names."""
-    found = {name: part.parameter for name, part in parts.items() if part.expert is None}
+def _names(model: nn.Module, plan: Plan) -> tuple[dict[str, list[ExpertBlock]], dict[str, str]]:
+    """How deltas, which have a checkpoint's names, call what is in the model.
+
+    Returns:
+        {experts module: what of it has deltas of its own}, and {name in a checkpoint: in the model}
+        of other parameters, where they differ: a checkpoint of the base model alone leaves out what
+        stands before all names.
+    """
+    parts = find_parts(model)
+    blocks = {name: [ExpertBlock(parameter, begin, end, names)
+                     for parameter in expert_parameters(module)
+                     for begin, end, names in expert_names(model, parts, f"{name}.{parameter}")]
+              for name, module in plan.experts.items()}
+    whole = {name: part.parameter for name, part in parts.items() if part.expert is None}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    short = {name.removeprefix(prefix): own for name, own in found.items()}
-    return {name: own for name, own in (short | found).items() if name != own}
-
-
-def _expert_blocks(model: nn.Module, plan: Plan, parts: dict[str, Part]
-                   ) -> dict[str, list[ExpertBlock]]:
-    """{experts module: what of it has deltas of its own}."""
-    return {name: [ExpertBlock(parameter, begin, end, names)
-                   for parameter in expert_parameters(module)
-                   for begin, end, names in expert_names(model, parts, f"{name}.{parameter}")]
-            for name, module in plan.experts.items()}
+    short = {name.removeprefix(prefix): own for name, own in whole.items()}
+    return blocks, {name: own for name, own in (short | whole).items() if name != own}
 
 
 def _places(plan: Plan, blocks: dict[str, list[ExpertBlock]], aliases: dict[str, str],
@@ -233,7 +232,8 @@ def most_components(shape: tuple[int, int], limit: int | None, known: int = 0) -
     return min(limit if limit is not None else default, out, n)
 
 
-def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> list[nn.Module]:
+def _install(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: Places, routing: Routing,
+             memory: Memory) -> list[nn.Module]:
     """Give every layer its site; the layers, in order."""
     sites: dict[nn.Module, MatrixSite] = {}
     for matrix in plan.matrices:
@@ -263,7 +263,7 @@ def _install(plan: Plan, places: Places, routing: Routing, memory: Memory) -> li
             site = ValuesSite(module, values, routing, plan.token_dims.get(module, 1))
             install(module, mixin_for_values(module), site)
             installed.append(module)
-    return installed
+    return installed + _install_experts(plan, blocks, places, routing, memory)
 
 
 def _install_experts(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: Places,

@@ -60,8 +60,8 @@ def load(path: str | Path) -> ModelDelta:
 def restore(base: Checkpoint, delta: ModelDelta) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the fine-tune by name, one in memory at a time.
 
-    Compressed: fp32(base) + Δ̂, rows beyond the base's appended, of a tensor [experts, ..] for those
-    experts that changed; whole: as stored; equal: the
+    Compressed: fp32(base) + Δ̂, rows beyond the base's appended; of a tensor `[experts, ..]` those
+    experts' that changed; whole: as stored; equal: the
     base's; left out: heads tied to the embedding, and what the fine-tune does not have.
 
     Raises:

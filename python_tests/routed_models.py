@@ -35,8 +35,10 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "mixtral": {"num_local_experts": 4},  # a checkpoint names experts otherwise than the model
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
                   "mlp_only_layers": [1]},  # experts in one layer, a dense MLP in the other
-    "gpt_oss": {"num_local_experts": 4},  # experts in one tensor, stored [in, out], with biases
+    # experts in one tensor, stored [in, out], with biases
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+OTHERS = {"granitemoe": {"num_local_experts": 4}}  # renamed experts in one tensor
 # model_type -> name of an expert's matrix in a checkpoint, and of the two halves of gate_up_proj
 EXPERTS = {"mixtral": ("block_sparse_moe.experts.{}.{}.weight", "w1", "w3", "w2"),
            "qwen3_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
@@ -46,7 +48,8 @@ ROUTERS = {"mixtral": ("mlp.gate", "block_sparse_moe.gate")}  # in the model, in
 
 def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """In fp32 and eval mode; every parameter random, so that nothing is 0 or 1 by default."""
-    config = AutoConfig.for_model(architecture, **(SIZES | ARCHITECTURES[architecture]))
+    config = AutoConfig.for_model(architecture,
+                                  **(SIZES | (ARCHITECTURES | OTHERS)[architecture]))
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -60,7 +60,8 @@ def test_a_routed_row_computes_what_its_merged_model_does(architecture, device):
     family.assert_routed([None, None], ids_of(2))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "qwen3", "gpt2",
+                                          "mixtral"])
 def test_one_row_of_many_requests_is_routed_by_token(architecture, device):
     """Attention mixes tokens, so a row of one fine-tune: each layer sees its tokens by token."""
     family, ids = Family(architecture, device), ids_of(1, 9)

@@ -15,7 +15,9 @@ from tiny_models import one_thread as one_thread
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import adamix
 from adamix.config import Config
+from adamix.errors import BankError
 from adamix.merging import merge, restored_model
 from adamix.naming import read_indices
 from adamix.pipeline import compress
@@ -168,3 +170,23 @@ def test_every_matrix_of_the_merged_checkpoint_is_the_fine_tunes(architecture):
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_one_decoder_block_at_a_time_is_in_memory(architecture):
     assert not [title for title in family(architecture).stages if "whole model" in title]
+
+
+# What these change that no row can have of its own: positions, and biases of experts.
+UNROUTABLE = {"gpt2": "transformer.wpe.weight", "gpt_oss": "gate_up_proj_bias|down_proj_bias|sinks"}
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_routed_row_of_the_base_computes_what_the_merged_model_does(architecture):
+    folder, ids = family(architecture).folder, torch.randint(3, 96, (3, 8))
+    model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    expected = logits(model, ids[:1])
+    if architecture in UNROUTABLE:
+        with pytest.raises(BankError, match=f"({UNROUTABLE[architecture]}).*merge it instead"):
+            adamix.attach(model, {"mine": folder / "delta"})
+        return
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    expected = torch.cat([expected, logits(merged, ids[1:])])
+    with adamix.attach(model, {"mine": folder / "delta"}).route([None, "mine", "mine"]):
+        got = logits(model, ids)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -89,7 +89,7 @@ class RoutedExperts(nn.Module):
             site.add(parameter, y, x, slots)
             x = activate(self, y) if parameter == first else y
         weighted = finish(self, x) * top_k_weights.reshape(-1, 1)
-        total = weighted.view(tokens, choices, -1).sum(dim=1)
+        total = weighted.unflatten(0, (tokens, choices)).sum(dim=1)
         return total.to(hidden_states.dtype).view(hidden_states.shape)
 
 

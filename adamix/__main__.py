@@ -129,6 +129,8 @@ def compress(
     embeddings: Annotated[bool | None, typer.Option(
         "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")
     ] = None,
+    vision: Annotated[bool | None, typer.Option(
+        "--vision/--no-vision", help="Compress a vision tower, or keep it whole.")] = None,
     max_memory: MaxMemory = None,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -138,7 +140,8 @@ def compress(
                "calibration_length": length, "seed": seed, "passes": passes,
                "bit_widths": _widths(widths), "max_widths": max_widths,
                "decomposition": decomposition, "objective": objective, "correction": correction,
-               "solver": solver, "damping": damping, "embeddings": embeddings}
+               "solver": solver, "damping": damping, "embeddings": embeddings,
+               "vision": vision}
     given = {name: value.value if isinstance(value, Enum) else value
              for name, value in choices.items() if value is not None}
     try:

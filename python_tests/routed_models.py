@@ -6,7 +6,12 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
@@ -39,6 +44,20 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 OTHERS = {"granitemoe": {"num_local_experts": 4}}  # renamed experts in one tensor
+TOWER = {"hidden_size": 64, "intermediate_size": 96, "patch_size": 14}
+# model_type -> its config: a vision tower before a language model; tokens 90 and up are its own
+VISION: dict[str, dict[str, object]] = {
+    "llava": {
+        "text_config": SIZES | {"model_type": "llama"}, "image_token_index": 95,
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "num_hidden_layers": 2,
+                                  "num_attention_heads": 4, "image_size": 28}},
+    "qwen2_5_vl": {
+        "text_config": SIZES | {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": TOWER | {"depth": 2, "num_heads": 4, "out_hidden_size": 64},
+        "image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93,
+        "vision_end_token_id": 92},
+}
 # model_type -> name of an expert's matrix in a checkpoint, and of the two halves of gate_up_proj
 EXPERTS = {"mixtral": ("block_sparse_moe.experts.{}.{}.weight", "w1", "w3", "w2"),
            "qwen3_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
@@ -48,9 +67,13 @@ ROUTERS = {"mixtral": ("mlp.gate", "block_sparse_moe.gate")}  # in the model, in
 
 def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """In fp32 and eval mode; every parameter random, so that nothing is 0 or 1 by default."""
-    config = AutoConfig.for_model(architecture,
-                                  **(SIZES | (ARCHITECTURES | OTHERS)[architecture]))
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if architecture in VISION:
+        config = AutoConfig.for_model(architecture, **VISION[architecture])
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    else:
+        own = (ARCHITECTURES | OTHERS)[architecture]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES | own))
+        model.eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)

@@ -1,19 +1,20 @@
 """Every family of models: compress, file, merge, and logits as near as the log predicts."""
 
 import copy
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from routed_models import random_model
+from routed_models import VISION, random_model
 from safetensors.torch import load_file
 from tiny_models import checkpoint_tensors, decaying_delta
 from tiny_models import one_thread as one_thread
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import adamix
 from adamix.config import Config
@@ -28,10 +29,13 @@ from adamix.storage.log import read_log
 CONFIG = Config(bits_per_weight=3.0, bit_widths=(8, 4, 2), calibration_sequences=8,
                 calibration_length=24, passes=1)
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2",
-            "mixtral", "qwen3_moe", "gpt_oss", "granitemoe"]
+            "mixtral", "qwen3_moe", "gpt_oss", "granitemoe", *VISION]
 # What is kept whole of two dimensions and more: positions, routers, biases of experts.
 WHOLE = {"gpt2": {"transformer.wpe.weight"},
          "mixtral": {"model.layers.*.block_sparse_moe.gate.weight"},
+         "llava": {"vision_tower.embeddings.patch_embedding.weight",
+                   "vision_tower.embeddings.position_embedding.weight"},
+         "qwen2_5_vl": {"visual.patch_embed.proj.weight"},
          "qwen3_moe": {"model.layers.*.mlp.gate.weight"},
          "granitemoe": {"model.layers.*.block_sparse_moe.router.layer.weight"},
          "gpt_oss": {"model.layers.*.mlp.router.weight",
@@ -65,15 +69,18 @@ class Family:
 FOLDERS: list[TemporaryDirectory] = []  # removed when the process ends
 
 
-def random_pair(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Every parameter of the fine-tune differs from the base's."""
+def random_pair(architecture: str, *, tower: bool = True
+                ) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Every parameter of the fine-tune differs from the base's, a vision tower's if `tower`."""
     base, generator = random_model(architecture), torch.Generator().manual_seed(7)
     finetuned = copy.deepcopy(base)
-    for parameter in finetuned.parameters():
+    for name, parameter in finetuned.named_parameters():
         old = parameter.data
-        parameter.data = old + (
-            torch.stack([decaying_delta(matrix, generator) for matrix in old]) if old.dim() == 3
-            else decaying_delta(old, generator))
+        if tower or "vis" not in name:
+            parameter.data = old + (
+                torch.stack([decaying_delta(matrix, generator) for matrix in old])
+                if old.dim() == 3 else decaying_delta(old.flatten(1) if old.dim() > 3 else old,
+                                                      generator).view(old.shape))
     return base, finetuned
 
 
@@ -132,8 +139,8 @@ def predicted_error(family: Family, merged: PreTrainedModel, ids: Tensor) -> flo
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_logits_of_the_merged_model_are_as_near_as_the_log_predicts(architecture):
     made = family(architecture)
-    merged, info = AutoModelForCausalLM.from_pretrained(made.folder / "merged",
-                                                        output_loading_info=True)
+    kind = type(made.models[0])
+    merged, info = kind.from_pretrained(made.folder / "merged", output_loading_info=True)
     assert not any(info.values()), info
     ids = load_file(made.folder / "delta" / "calibration.safetensors")["input_ids"].long()
     base, exact, got = (logits(model.eval(), ids) for model in (*made.models, merged))
@@ -172,21 +179,56 @@ def test_one_decoder_block_at_a_time_is_in_memory(architecture):
     assert not [title for title in family(architecture).stages if "whole model" in title]
 
 
-# What these change that no row can have of its own: positions, and biases of experts.
-UNROUTABLE = {"gpt2": "transformer.wpe.weight", "gpt_oss": "gate_up_proj_bias|down_proj_bias|sinks"}
+# What these change that no row can have of its own: positions, biases of experts, vision towers.
+UNROUTABLE = {"gpt2": "transformer.wpe.weight", "gpt_oss": "gate_up_proj_bias|down_proj_bias|sinks",
+              "llava": "vision_tower|projector", "qwen2_5_vl": "visual"}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_routed_row_of_the_base_computes_what_the_merged_model_does(architecture):
     folder, ids = family(architecture).folder, torch.randint(3, 96, (3, 8))
-    model = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    kind = type(family(architecture).models[0])
+    model = kind.from_pretrained(folder / "base").eval()
     expected = logits(model, ids[:1])
     if architecture in UNROUTABLE:
         with pytest.raises(BankError, match=f"({UNROUTABLE[architecture]}).*merge it instead"):
             adamix.attach(model, {"mine": folder / "delta"})
         return
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    merged = kind.from_pretrained(folder / "merged").eval()
     expected = torch.cat([expected, logits(merged, ids[1:])])
     with adamix.attach(model, {"mine": folder / "delta"}).route([None, "mine", "mine"]):
+        got = logits(model, ids)
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# --- images and text ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", VISION)
+def test_a_vision_tower_is_left_whole_by_a_flag(architecture, tmp_path):
+    folder, named = family(architecture).folder, "vis|multi_modal_projector"
+    config = replace(CONFIG, vision=False)
+    compress(folder / "base", folder / "finetuned", tmp_path / "delta", config, threads=1)
+    on, off = (read_delta(path / "delta") for path in (folder, tmp_path))
+    inside = {name for name in on.matrices if not re.match(named, name)}
+    assert off.matrices.keys() == inside < on.matrices.keys()
+    assert off.whole.keys() - on.whole.keys() == on.matrices.keys() - inside
+    finetuned = tensors_of(folder / "finetuned")
+    assert all(torch.equal(tensor, finetuned[name]) for name, tensor in off.whole.items())
+    assert "vision" not in on.manifest.config and off.manifest.config["vision"] is False
+
+
+@pytest.mark.parametrize("architecture", VISION)
+def test_a_fine_tune_of_the_language_model_alone_is_routed(architecture, tmp_path):
+    models, ids = random_pair(architecture, tower=False), torch.randint(3, 90, (2, 8))
+    models[1].load_state_dict(models[0].state_dict() | {
+        name: tensor for name, tensor in models[1].state_dict().items() if "projector" not in name})
+    for model, name in zip(models, ("base", "finetuned"), strict=True):
+        model.save_pretrained(tmp_path / name)
+    compress(tmp_path / "base", tmp_path / "finetuned", tmp_path / "delta", CONFIG, threads=1)
+    merged = logits(restored_model(tmp_path / "base", tmp_path / "delta"), ids[1:])
+    expected = torch.cat([logits(models[0], ids[:1]), merged])
+    model = type(models[0]).from_pretrained(tmp_path / "base").eval()
+    with adamix.attach(model, {"mine": tmp_path / "delta"}).route([None, "mine"]):
         got = logits(model, ids)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -340,9 +340,10 @@ class BlockStream:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Name and modules of the largest list of modules that is in no other."""
+    """Name and modules of the largest list of modules that is in no other, in the decoder."""
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())
     lists = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module)]
+             if isinstance(module, nn.ModuleList) and len(module) and module in decoder]
     outer = [(name, module) for name, module in lists
              if not any(name.startswith(f"{other}.") for other, _ in lists)]
     if not outer:

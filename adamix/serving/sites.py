@@ -69,7 +69,7 @@ def find_sites(model: nn.Module) -> Plan:
     plan, calls = Plan(), _probe(model)
     inputs = {call.module: call.x for call in calls}
     by_weight: dict[nn.Parameter, Matrix] = {}
-    for name, module in model.named_modules():
+    for name, module in _routable(model):
         if isinstance(module, nn.Embedding):
             scale = _scale(module, inputs.get(module))
             if scale is None:
@@ -90,10 +90,23 @@ def find_sites(model: nn.Module) -> Plan:
                 plan.routers[name] = module
         elif _has_values(module):
             plan.values[name] = module
-    plan.groups = _groups(calls, model)
+    known = {module for matrix in plan.matrices for module in matrix.modules}
+    plan.groups = [group for members in _groups(calls, model)
+                   if (group := [module for module in members if module in known])]
     for call in calls:
         plan.token_dims.setdefault(call.module, _token_dim(call.y, _probe_tokens(model)))
     return plan
+
+
+def _routable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name; of a model of several kinds of input the language model's alone: what enters
+    a vision tower has no rows of the batch."""
+    config = getattr(model, "config", None)
+    known = set(model.modules())
+    if config is not None and config.get_text_config() is not config:
+        layers = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+        known = {module for layer in layers if layer is not None for module in layer.modules()}
+    return ((name, module) for name, module in model.named_modules() if module in known)
 
 
 def _shape(module: nn.Linear | Conv1D | nn.Embedding) -> tuple[int, int]:

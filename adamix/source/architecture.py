@@ -29,6 +29,7 @@ class Architecture:
     hidden: int  # size of a hidden state
     transposed: frozenset[str] = frozenset()  # those of `linears` that are stored [in, out]
     stacks: frozenset[str] = frozenset()  # tensors [experts, .., ..] of linear layers
+    outside: frozenset[str] = frozenset()  # tensors of a vision tower: not the language model's
     parts: Mapping[str, Part] = field(default_factory=dict, compare=False)  # every tensor's
 
     @property
@@ -66,7 +67,18 @@ def describe(folder: Path, names: Collection[str] | None = None) -> Architecture
     return Architecture(
         frozenset(linears), _name_of(embedding, model, parts), head_name,
         tied and head_name is not None, embedding.weight.shape[0],
-        model.config.get_text_config().hidden_size, frozenset(transposed), frozenset(stacks), parts)
+        model.config.get_text_config().hidden_size, frozenset(transposed), frozenset(stacks),
+        _outside(model, parts), parts)
+
+
+def _outside(model: PreTrainedModel, parts: Mapping[str, Part]) -> frozenset[str]:
+    """Tensors that are not the language model's, in a model of several kinds of input."""
+    if model.config.get_text_config() is model.config:
+        return frozenset()
+    layers = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    inside = tuple(f"{name}." for name, module in model.named_modules()
+                   if module in layers and name)
+    return frozenset(name for name, part in parts.items() if not part.parameter.startswith(inside))
 
 
 def _name_of(layer: nn.Module | None, model: PreTrainedModel, parts: Mapping[str, Part]

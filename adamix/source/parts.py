@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from adamix.experts import expert_parameters, is_experts
 from adamix.source.checkpoints import Checkpoint
 
+# What raises in another transformers than these parts were found in, or in a conversion that needs
+# the weights themselves: then only what has the model's own names is known.
+FAULTS = (ImportError, AttributeError, ValueError, KeyError, TypeError, RuntimeError, IndexError)
 ROWS, COLUMNS = 4, 6  # of a stand-in for an expert's matrix: unequal, and halves are whole numbers
 
 
@@ -59,10 +62,27 @@ def find_parts(model: nn.Module, names: Collection[str] | None = None) -> dict[s
     saved = _as_saved(model, own)
     if names is None:
         return saved
-    prefix = getattr(model, "base_model_prefix", "")
-    known = {name.removeprefix(f"{prefix}."): part for name, part in (saved | own).items()}
-    known |= saved | own  # a checkpoint of the base model lacks the prefix; other names come first
+    known = saved | own
+    known |= _as_loaded(model, own, [name for name in names if name not in known])
     return {name: known[name] for name in names if name in known}
+
+
+def _as_loaded(model: nn.Module, own: Mapping[str, Part], names: Collection[str]
+               ) -> dict[str, Part]:
+    """Those of other names, of older checkpoints or of the base model alone, that transformers
+    gives a parameter's when it loads them."""
+    if not names or not isinstance(model, PreTrainedModel):
+        return {}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+        renamings = [one for one in get_model_conversion_mapping(model)
+                     if isinstance(one, WeightRenaming)]
+        loaded = {name: rename_source_key(name, renamings, [], model.base_model_prefix, dict(own))
+                  for name in names}
+    except FAULTS:
+        return {}
+    return {name: own[parameter] for name, (parameter, _) in loaded.items() if parameter in own}
 
 
 def expert_names(model: nn.Module, parts: Mapping[str, Part], stack: str
@@ -99,8 +119,8 @@ def _as_saved(model: nn.Module, own: Mapping[str, Part]) -> dict[str, Part]:
     try:
         from transformers.core_model_loading import revert_weight_conversion
         converted = revert_weight_conversion(model, dict(given))
-    except (ImportError, AttributeError, ValueError, KeyError, TypeError, RuntimeError, IndexError):
-        return dict(own)  # another transformers, or a conversion that needs the weights
+    except FAULTS:
+        return dict(own)
     found = {name: own[whole[id(tensor)]] if id(tensor) in whole else marks.part_of(tensor)
              for name, tensor in converted.items()}
     return {name: part for name, part in found.items() if part is not None}

@@ -6,7 +6,7 @@
     equal to the base                                    EQUAL: nothing stored
     weight of a linear layer, the output head included   LINEAR: compressed
     input embedding                                      EMBEDDING: compressed, rows by frequency
-    norms, biases, anything else                         WHOLE: the fine-tune's own values
+    norms, biases, anything else, what the user wants    WHOLE: the fine-tune's own values
 
 A vocabulary that grew: the shared rows as above, the rows beyond them whole. A tensor
 `[experts, .., ..]` of linear layers: each expert's slice by itself, unless all are equal. Conv1D's
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -155,17 +155,20 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> Weight
 
 
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
-           compress_embeddings: bool = True,
+           compress_embeddings: bool = True, compress_vision: bool = True,
            on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
     """Read every tensor of both once: compare, look for NaN and Inf, hash, decide.
 
     Args:
         compress_embeddings: False keeps the embedding and the head whole.
+        compress_vision: False keeps whole what is outside of the language model.
         on_tensor: called with each name before it is read.
 
     Raises:
         NonFiniteError: a weight is NaN or Inf.
     """
+    whole = {architecture.embedding, architecture.head} if not compress_embeddings else set()
+    whole |= set() if compress_vision else architecture.outside
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
     for name in sorted({*base.names, *finetuned.names}):
         on_tensor(name)
@@ -177,7 +180,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
             fingerprints[1].add(name, tensor)
             for side, values in (("base", base_tensor), ("fine-tune", tensor)):
                 _check_finite(name, side, values)
-            targets += _decide_all(name, base_tensor, tensor, architecture, compress_embeddings)
+            targets += _decide_all(name, base_tensor, tensor, architecture, whole)
     absent = [name for name in base.names if name not in finetuned]
     return Survey(targets, fingerprints[0].result(), fingerprints[1].result(), absent)
 
@@ -188,21 +191,20 @@ def _check_finite(name: str, side: str, values: Tensor | None) -> None:
 
 
 def _decide_all(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
-                compress_embeddings: bool) -> list[Target]:
+                whole: Collection[str]) -> list[Target]:
     """The target that a tensor is, or those that its experts are."""
-    target = _decide(name, base, tensor, architecture, compress_embeddings)
+    target = _decide(name, base, tensor, architecture, whole)
     if (name not in architecture.stacks or target.treatment is not Treatment.WHOLE or base is None
             or not tensor.is_floating_point() or min(tensor.shape[1:]) < SMALL):
         return [target]
-    slices = [_decide(f"{name}.{i}", *pair, architecture, compress_embeddings)
+    slices = [_decide(f"{name}.{i}", *pair, architecture, whole)
               for i, pair in enumerate(zip(base, tensor, strict=True))]
     return [replace(part, stack=name) for part in slices]
 
 
 def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
-            compress_embeddings: bool) -> Target:
+            whole: Collection[str]) -> Target:
     shape = tuple(tensor.shape)
-    is_vocabulary = name in (architecture.embedding, architecture.head)
     if architecture.tied and name == architecture.head:
         return Target(name, Treatment.TIED, shape, tensor.dtype)
     if base is None:
@@ -212,7 +214,7 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
     shared = tensor[: shape[0]] if extra_rows else tensor
     if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
         treatment = Treatment.EQUAL
-    elif is_vocabulary and not compress_embeddings:
+    elif name in whole:
         treatment = Treatment.WHOLE
     elif len(shape) != 2 or min(shape) < SMALL or not tensor.is_floating_point():
         treatment = Treatment.WHOLE

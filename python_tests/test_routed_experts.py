@@ -1,6 +1,7 @@
 """attach: experts and their routers, each token by its row's fine-tune."""
 
 import copy
+from importlib import metadata
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from tiny_models import one_thread as one_thread
 from tolerance import assert_within_rounding
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
 import adamix
 from adamix import ops
 from adamix.errors import BankError
 from adamix.experts import is_experts
 from adamix.serving.experts import RoutedExperts, can_route_experts, can_route_linear_map
+from adamix.serving.internals import check_internals
 from adamix.serving.modules import SITE
 
 MOE = list(EXPERTS)
@@ -162,3 +165,42 @@ def test_experts_that_compute_otherwise_are_refused_by_name():
     assert not can_route_experts(module)
     with pytest.raises(BankError, match="changes model.layers.0.block_sparse_moe.experts.0.w1.wei"):
         adamix.attach(model, {"mine": delta}, verify=None)
+
+
+# --- continuous batching ------------------------------------------------------------------------
+
+
+def test_requests_of_several_fine_tunes_share_batches_of_experts():
+    try:
+        from adamix.serving import continuous
+
+        check_internals()
+    except BankError as unknown:
+        pytest.skip(str(unknown))
+    if metadata.version("transformers") < "5.23":
+        pytest.importorskip("psutil", reason="this transformers sizes caches on CPUs by it")
+    base = random_model("mixtral")
+    found = {name: random_finetune(base, seed) for name, seed in (("a", 1), ("b", 2))}
+    merged = {None: copy.deepcopy(base)} | {name: model for name, (_, model) in found.items()}
+    bank = adamix.attach(base, {name: delta for name, (delta, _) in found.items()}, verify=None)
+    known = vars(continuous.ContinuousBatchingConfig())
+    sizes = {"num_blocks": 64, "max_batch_tokens": 64,
+             "page_size" if "page_size" in known else "block_size": 16}
+    if "auto_switch_to_flash" in known:
+        sizes["auto_switch_to_flash"] = False
+    greedy = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 5}
+    names, prompts = ["a", None, "b", "a"], [[5, 6, 7], [8, 9], [5, 6, 7], [10, 11, 12, 13]]
+
+    def batching(**more):
+        return adamix.continuous_batching(
+            base, bank, generation_config=GenerationConfig(**greedy),
+            continuous_batching_config=continuous.ContinuousBatchingConfig(**sizes | more))
+
+    with pytest.raises(BankError, match="experts cannot be captured"), batching(
+            use_cuda_graph=True):
+        pass
+    with batching() as running:
+        got = running.generate_batch(prompts, names)
+    want = [merged[name].generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist()
+            for name, prompt in zip(names, prompts, strict=True)]
+    assert [result.generated_tokens for result in got.values()] == want

@@ -125,8 +125,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         with timed(seconds, "read"):
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
-                           compress_vision=config.vision,
-                           on_tensor=lambda name: progress.advance())
+                           compress_vision=config.vision, on_tensor=lambda name: progress.advance())
         manifest = _manifest(sources, found, config, _origin(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
         work.check(_fingerprint(manifest, found, sources[1]), restart=restart)

@@ -101,6 +101,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, in
     """
     by_block: dict[int, int] = {}
     outputs: dict[int, int] = {}
+    in_block: dict[int, int] = {}  # of experts
     outside, expert = [0], 0
     for name, shape in shapes.items():
         numel = math.prod(shape)
@@ -109,6 +110,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, in
             by_block[block] = by_block.get(block, 0) + numel
             if name in experts:  # its inputs, outputs, what is made of them, and their weighted sum
                 expert = max(expert, 4 * sum(shape[-2:]))
+                in_block[block] = in_block.get(block, 0) + numel
             else:
                 outputs[block] = outputs.get(block, 0) + (shape[0] if len(shape) == 2 else 0)
         else:
@@ -124,7 +126,8 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, in
         # fp32; of what is not in the blocks, an embedding as a rule, also as it was read
         resident=(4 * total if whole else max(4 * max(by_block.values(), default=0),
                                               8 * max(outside)))
-        + (4 * widest**2 if experts else 0),  # the sum of a layer's experts' Gram matrices
+        # a layer's experts put together as they were read, and the sum of their Gram matrices
+        + 2 * max(in_block.values(), default=0) + (4 * widest**2 if experts else 0),
         widest=widest, activations=activations)
 
 

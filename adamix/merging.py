@@ -89,7 +89,7 @@ def _restore_parts(base: Checkpoint, delta: ModelDelta
             change = torch.zeros(base_tensor.shape)
             for index in stacks[name]:
                 change[index] = _change(delta, f"{name}.{index}", transposed)
-            yield name, base_tensor.float() + change, change
+            yield name, base_tensor.float().add_(change), change
         elif base_tensor is not None and name in delta.matrices:
             change = _change(delta, name, transposed)
             yield name, _with_rows(base_tensor.float() + change, delta.extra_rows.get(name)), change

@@ -14,11 +14,13 @@ from tiny_models import checkpoint_tensors, decaying_delta
 from tiny_models import one_thread as one_thread
 from torch.nn import functional as F
 
+from adamix import matrices
+from adamix.calibration.blocks import Unsuited
 from adamix.calibration.gram import accumulate
 from adamix.calibration.layers import ExpertGrams, experts_one_by_one, find_layers
 from adamix.errors import DeltaFileError, FingerprintError
 from adamix.experts import is_experts
-from adamix.memory import sizes
+from adamix.memory import MemoryPlan, sizes
 from adamix.merging import merge
 from adamix.pipeline import compress
 from adamix.source.architecture import describe
@@ -224,13 +226,33 @@ def test_a_bound_on_memory_and_threads_change_no_byte(lopsided, tmp_path):
         assert (tmp_path / "delta" / name).read_bytes() == (lopsided / "delta" / name).read_bytes()
 
 
+def test_the_narrowest_plan_and_the_model_in_memory_whole_change_no_byte(
+        lopsided, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrices, "plan_memory",
+                        lambda *arguments: MemoryPlan(10**9, 1, 10**8, 1, True))
+    streams, stream = [], matrices.BlockStream
+
+    def unsuited(*arguments):
+        raise Unsuited("its blocks share weights")
+
+    for name, kind in (("narrow", lambda *given: (streams.append(1), stream(*given))[1]),
+                       ("whole", unsuited)):
+        monkeypatch.setattr(matrices, "BlockStream", kind)
+        compress(lopsided / "base", lopsided / "finetuned", tmp_path / name, CONFIG, threads=2,
+                 max_memory=3 * 10**9)
+        for file in ("delta.safetensors", "delta_config.json"):
+            expected = (lopsided / "delta" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == expected
+    assert streams == [1]
+
+
 def test_one_expert_at_a_time_counts_for_memory():
     shapes = {"layers.0.up.weight": (32, 8), "layers.0.experts.0.w.weight": (40, 8),
               "layers.0.experts.1.w.weight": (40, 8), "layers.0.stack": (4, 30, 8)}
     experts = [name for name in shapes if "up" not in name]
     found = sizes(shapes, [(32, 8), (40, 8)], 8, (16, 10), whole=False, experts=experts)
     assert found.activations == 4 * 80 * (2 * 32 + 8 * 8 + 4 * 48)
-    assert found.resident == 4 * (256 + 2 * 320 + 960) + 4 * 8**2
+    assert found.resident == 4 * (256 + 2 * 320 + 960) + 2 * (2 * 320 + 960) + 4 * 8**2
 
 
 # --- the file -----------------------------------------------------------------------------------

@@ -13,14 +13,7 @@ from adamix.artifacts import ModelDelta
 from adamix.errors import AdamixError, BankError, CheckpointError, FingerprintError
 from adamix.experts import expert_parameters, expert_shape
 from adamix.serving.bank import DeltaBank
-from adamix.serving.experts import (
-    BlockTable,
-    ExpertBlock,
-    ExpertsSite,
-    RoutedExperts,
-    RoutedRouter,
-    RouterSite,
-)
+from adamix.serving.experts import BlockTable, ExpertBlock, ExpertsSite, RoutedExperts
 from adamix.serving.image import MatrixPlace, Places, ValuesPlace, words_of
 from adamix.serving.memory import Memory
 from adamix.serving.modules import (
@@ -37,6 +30,7 @@ from adamix.serving.modules import (
 )
 from adamix.serving.routing import Routing
 from adamix.serving.sites import Plan, find_sites
+from adamix.serving.whole import ChangesSite, RoutedMap, RoutedPositions
 from adamix.source.checkpoints import Checkpoint, fingerprint_of
 from adamix.source.parts import expert_names, find_parts
 from adamix.storage.file import read_delta
@@ -209,7 +203,7 @@ def _places(plan: Plan, blocks: dict[str, list[ExpertBlock]], aliases: dict[str,
             continue
         for name, parameter in module.named_parameters(recurse=False):
             add(f"{module_name}.{name}", parameter, parameter.dtype, is_added=False)
-    for module_name, module in plan.routers.items():
+    for module_name, module in (plan.routers | plan.positions).items():
         for name, parameter in module.named_parameters():
             add(f"{module_name}.{name}", parameter, torch.float32, is_added=True)
     names = _bias_names(plan)
@@ -268,7 +262,7 @@ def _install(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: Places, r
 
 def _install_experts(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: Places,
                      routing: Routing, memory: Memory) -> list[nn.Module]:
-    """Give experts and routers their sites; the modules, in order."""
+    """Give experts, and what is kept whole, their sites; the modules, in order."""
     slots = memory.tables.shape[1]
     for name, module in plan.experts.items():
         tables = []
@@ -279,8 +273,9 @@ def _install_experts(plan: Plan, blocks: dict[str, list[ExpertBlock]], places: P
                                      max(place.max_rank for place in of_experts)))
         site = ExpertsSite(module, tables, memory.arena.words, slots, routing)
         install(module, RoutedExperts, site)
-    for name, module in plan.routers.items():
+    for name, module in (plan.routers | plan.positions).items():
         changes = {own: memory.columns(places.values[f"{name}.{own}"])
                    for own, _ in module.named_parameters()}
-        install(module, RoutedRouter, RouterSite(module, changes, routing))
-    return [*plan.experts.values(), *plan.routers.values()]
+        mixin = RoutedPositions if name in plan.positions else RoutedMap
+        install(module, mixin, ChangesSite(module, changes, routing))
+    return [*plan.experts.values(), *plan.routers.values(), *plan.positions.values()]

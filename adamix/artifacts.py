@@ -11,6 +11,8 @@ from adamix import ops
 from adamix.naming import read_indices
 from adamix.panels import unpack_factor
 
+SMALL = 32  # a matrix with a side below this is kept whole: its scales would outweigh its codes
+
 
 @dataclass(frozen=True)
 class WeightPair:

@@ -38,6 +38,8 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "stablelm": {},
     "gpt2": {"n_positions": 64},  # weights stored [in, out]
     "mixtral": {"num_local_experts": 4},  # a checkpoint names experts otherwise than the model
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                  "shared_expert_intermediate_size": 48},  # a linear layer of one output
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
                   "mlp_only_layers": [1]},  # experts in one layer, a dense MLP in the other
     # experts in one tensor, stored [in, out], with biases
@@ -60,6 +62,7 @@ VISION: dict[str, dict[str, object]] = {
 }
 # model_type -> name of an expert's matrix in a checkpoint, and of the two halves of gate_up_proj
 EXPERTS = {"mixtral": ("block_sparse_moe.experts.{}.{}.weight", "w1", "w3", "w2"),
+           "qwen2_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
            "qwen3_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
            "gpt_oss": ("mlp.experts.{1}.{0}", "gate_up_proj", None, "down_proj")}
 ROUTERS = {"mixtral": ("mlp.gate", "block_sparse_moe.gate")}  # in the model, in a checkpoint
@@ -96,7 +99,7 @@ def random_finetune(model: PreTrainedModel, seed: int, *, share: float = 1.0
     for name, parameter in merged.named_parameters():
         if torch.rand(1, generator=generator) >= share:
             continue
-        if name in matrix_names:
+        if name in matrix_names and min(parameter.shape) >= 32:
             turned = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
             shape = parameter.shape[::-1] if turned else parameter.shape
             matrices[name] = random_packed(tuple(shape), generator)
@@ -106,7 +109,7 @@ def random_finetune(model: PreTrainedModel, seed: int, *, share: float = 1.0
             matrices |= _change_experts(model.config.model_type, name, parameter, generator)
         elif name.endswith("sinks"):
             continue  # of attention, by head: no row can have its own
-        elif parameter.dim() == 1 or _is_router(name, parameter):
+        elif parameter.dim() == 1 or _is_kept_whole(name, parameter):
             change = 0.05 * torch.randn(parameter.shape, generator=generator)
             parameter.data += change
             whole[name.replace(*ROUTERS.get(model.config.model_type, ("", "")))] = (
@@ -114,8 +117,10 @@ def random_finetune(model: PreTrainedModel, seed: int, *, share: float = 1.0
     return ModelDelta(matrices, whole, {}, no_manifest()), merged
 
 
-def _is_router(name: str, parameter: Tensor) -> bool:
-    return parameter.dim() == 2 and ("mlp.gate." in name or "router." in name)
+def _is_kept_whole(name: str, parameter: Tensor) -> bool:
+    """Routers, and positions where the base adds them as they are."""
+    return parameter.dim() == 2 and any(
+        part in name for part in ("mlp.gate.", "router.", "wpe.", "shared_expert_gate."))
 
 
 def _change_experts(architecture: str, name: str, parameter: nn.Parameter,

@@ -179,8 +179,8 @@ def test_one_decoder_block_at_a_time_is_in_memory(architecture):
     assert not [title for title in family(architecture).stages if "whole model" in title]
 
 
-# What these change that no row can have of its own: positions, biases of experts, vision towers.
-UNROUTABLE = {"gpt2": "transformer.wpe.weight", "gpt_oss": "gate_up_proj_bias|down_proj_bias|sinks",
+# What these change that no row can have of its own: biases of experts, vision towers.
+UNROUTABLE = {"gpt_oss": "gate_up_proj_bias|down_proj_bias|sinks",
               "llava": "vision_tower|projector", "qwen2_5_vl": "visual"}
 
 

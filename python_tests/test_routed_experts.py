@@ -16,9 +16,10 @@ import adamix
 from adamix import ops
 from adamix.errors import BankError
 from adamix.experts import is_experts
-from adamix.serving.experts import RoutedExperts, can_route_experts, can_route_linear_map
+from adamix.serving.experts import RoutedExperts, can_route_experts
 from adamix.serving.internals import check_internals
 from adamix.serving.modules import SITE
+from adamix.serving.whole import can_route_linear_map
 
 MOE = list(EXPERTS)
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adamix.artifacts import SMALL
 from adamix.errors import BankError
 from adamix.experts import is_experts
-from adamix.serving.experts import can_route_experts, can_route_linear_map, is_linear_map
+from adamix.serving.experts import can_route_experts
+from adamix.serving.whole import can_route_linear_map, is_linear_map
 
 PROBE_ROWS = 2
 PROBE_TOKENS = (13, 11, 17)  # the first that is no size of the model: found again in shapes
@@ -47,7 +49,8 @@ class Plan:
     token_dims: dict[nn.Module, int] = field(default_factory=dict)
     scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings, on their rows
     experts: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
-    routers: dict[str, nn.Module] = field(default_factory=dict)  # linear maps of other classes
+    routers: dict[str, nn.Module] = field(default_factory=dict)  # linear maps that are kept whole
+    positions: dict[str, nn.Module] = field(default_factory=dict)  # embeddings of positions
 
 
 @dataclass
@@ -73,9 +76,14 @@ def find_sites(model: nn.Module) -> Plan:
         if isinstance(module, nn.Embedding):
             scale = _scale(module, inputs.get(module))
             if scale is None:
+                if _is_of_positions(module, inputs.get(module)):
+                    plan.positions[name] = module
                 continue
             plan.scales[module] = scale
-        if isinstance(module, (*LINEAR, nn.Embedding)):
+        small = isinstance(module, nn.Linear) and min(module.weight.shape) < SMALL
+        if small and can_route_linear_map(module):
+            plan.routers[name] = module
+        elif isinstance(module, (*LINEAR, nn.Embedding)):
             matrix = Matrix(f"{name}.weight", [module], _shape(module))
             tied = by_weight.setdefault(module.weight, matrix)
             if tied is matrix:
@@ -209,6 +217,12 @@ def _scale(module: nn.Embedding, tokens: Tensor | None) -> float | None:
     rounding = 4 * torch.finfo(module.weight.dtype).eps
     agrees = (own - scale * plain).abs().max() <= rounding * own.abs().max()
     return scale if agrees else None
+
+
+def _is_of_positions(module: nn.Embedding, tokens: Tensor | None) -> bool:
+    """Whether an embedding looks up one row for each token's place, whatever the batch's rows."""
+    return (type(module).forward is nn.Embedding.forward and tokens is not None
+            and tokens.dim() == 2 and len(tokens) == 1)
 
 
 def _first_rows(module: nn.Embedding, rows: int) -> nn.Embedding:

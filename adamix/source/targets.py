@@ -24,12 +24,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from adamix.artifacts import WeightPair
+from adamix.artifacts import SMALL, WeightPair
 from adamix.errors import MismatchError, NonFiniteError
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint, Fingerprint
-
-SMALL = 32  # a matrix with a side below this is kept whole: its scales would outweigh its codes
 
 
 class Treatment(Enum):

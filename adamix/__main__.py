@@ -105,8 +105,7 @@ def compress(
         help="16-bit size over compressed size, everything counted [default: 16].")] = None,
     bits: Annotated[float | None, typer.Option(
         help="Bits a weight instead of --ratio.")] = None,
-    preset: Annotated[Preset, typer.Option(help="The starting point of all other options.")
-                      ] = Preset.adamix,
+    preset: Annotated[Preset, typer.Option(help="Where all other options start.")] = Preset.adamix,
     calibration: Annotated[str | None, typer.Option(
         help="Text or .jsonl file, or dataset [default: sampled from FINETUNED itself].")] = None,
     sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
@@ -127,8 +126,9 @@ def compress(
     solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
     embeddings: Annotated[bool | None, typer.Option(
-        "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")
-    ] = None,
+        "--embeddings/--no-embeddings", help="Compress embedding and head, or not.")] = None,
+    vision: Annotated[bool | None, typer.Option(
+        "--vision/--no-vision", help="Compress a vision tower, or not.")] = None,
     max_memory: MaxMemory = None,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -138,7 +138,8 @@ def compress(
                "calibration_length": length, "seed": seed, "passes": passes,
                "bit_widths": _widths(widths), "max_widths": max_widths,
                "decomposition": decomposition, "objective": objective, "correction": correction,
-               "solver": solver, "damping": damping, "embeddings": embeddings}
+               "solver": solver, "damping": damping, "embeddings": embeddings,
+               "vision": vision}
     given = {name: value.value if isinstance(value, Enum) else value
              for name, value in choices.items() if value is not None}
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from adamix import ops
+from adamix.naming import read_indices
 from adamix.panels import unpack_factor
+
+SMALL = 32  # a matrix with a side below this is kept whole: its scales would outweigh its codes
 
 
 @dataclass(frozen=True)
@@ -159,20 +162,32 @@ class Manifest:
     tied: list[str]  # tensors that are another tensor of the same model
     equal: dict[str, str]  # kind -> layer numbers: as in the base, nothing stored
     absent: list[str]  # tensors that the base has and the fine-tune lacks
+    # Kinds of `compressed` that a checkpoint holds as [in, out], transposed.
+    transposed: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as JSON values."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """The fields as JSON values; without `transposed` where nothing is."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__
+                if name != "transposed" or self.transposed}
+
+    @property
+    def transposed_names(self) -> set[str]:
+        """The matrices of the kinds in `transposed`."""
+        return {name for kind in self.transposed
+                for name in read_indices(kind, self.compressed[kind][2])}
 
     @classmethod
     def from_dict(cls, body: dict[str, object]) -> Manifest:
         """The inverse of `to_dict`; unknown keys are left alone. Raises KeyError, TypeError."""
-        fields = {name: body[name] for name in cls.__dataclass_fields__}
+        fields = {name: body[name] for name in cls.__dataclass_fields__ if name != "transposed"}
+        fields["transposed"] = list(body.get("transposed", []))
         if not all(1 <= int(n) < 2**31 for shape in fields["compressed"].values()
                    for n in shape[:2]):
             raise ValueError("a matrix has a side outside 1..2^31 - 1")
         fields["compressed"] = {kind: (int(out), int(inn), str(indices))
                                 for kind, (out, inn, indices) in fields["compressed"].items()}
+        if not set(fields["transposed"]) <= set(fields["compressed"]):
+            raise ValueError("a kind in transposed is not in compressed")
         for name in ("fingerprint", "config", "calibration", "compressed", "whole", "equal"):
             fields[name] = dict(fields[name].items())
         return cls(**fields)

@@ -31,6 +31,8 @@ class Config:
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
         solver: the integer program's solver, "highs" or "cbc".
         embeddings: compress the embedding and `lm_head`; False stores them whole.
+        vision: compress what is outside of the language model too: a vision tower and what projects
+            its output; False stores it whole. Text calibrates, so nothing is known of its inputs.
         calibration_sequences: how many sequences calibrate.
         calibration_length: tokens a sequence.
         seed: of self-calibration's sampling and of the choice of calibration text.
@@ -50,6 +52,7 @@ class Config:
     damping: float = 0.01
     solver: Literal["highs", "cbc"] = "highs"
     embeddings: bool = True
+    vision: bool = True
     calibration_sequences: int = 128
     calibration_length: int = 256
     seed: int = 0
@@ -114,8 +117,9 @@ class Config:
         return int(self.bits * shape[0] * shape[1])
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as JSON values."""
-        return dataclasses.asdict(self) | {"bit_widths": list(self.bit_widths)}
+        """The fields as JSON values; without `vision` where it is on, as in files before it."""
+        fields = dataclasses.asdict(self) | {"bit_widths": list(self.bit_widths)}
+        return {name: value for name, value in fields.items() if name != "vision" or not value}
 
 
 def _require(name: str, holds: bool, expected: str, config: Config) -> None:

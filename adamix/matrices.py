@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adamix.artifacts import Hessian, WeightPair
 from adamix.calibration.blocks import BlockStream, Unsuited
 from adamix.calibration.gram import accumulate, passes, shared_inputs
+from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
@@ -25,8 +26,9 @@ from adamix.progress import Progress, timed
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint
 from adamix.source.models import load_model, skeleton
+from adamix.source.parts import ModelTensors
 from adamix.source.targets import Survey, Target, Treatment, read_pair
-from adamix.storage.log import MatrixRow, Spectrum
+from adamix.storage.log import IDENTITY, LAYER, OWN, MatrixRow, Spectrum
 from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, WorkFolder
 
@@ -68,17 +70,17 @@ class MatrixRun:
         plan = self._plan(tokens, users, targets.values(), whole=False)
         jobs = _Jobs(self.executor, done, plan)
 
-        def submit(gram: Tensor | None, names: list[str]) -> None:
+        def submit(gram: Tensor | None, names: list[str], origin: str = IDENTITY) -> None:
             group = [targets.pop(name) for name in names]
             size = max(map(self._job_bytes, group))
-            jobs.submit(size, self._compress_group, gram, group, frequency)
+            jobs.submit(size, self._compress_group, gram, group, frequency, origin)
 
         self.progress.stage(TITLE, len(targets))
         with timed(self.seconds, "calibration and compression"):
             for name in sorted(targets.keys() - {n for names in users.values() for n in names}):
                 submit(None, [name])  # an embedding, whose inputs are one-hot
-            for modules, gram in self._grams(tokens, users, plan, jobs) if users else ():
-                submit(gram, [name for module in modules for name in users[module]])
+            for modules, gram, origin in self._grams(tokens, users, plan, jobs) if users else ():
+                submit(gram, [name for module in modules for name in users[module]], origin)
                 del gram
                 jobs.make_room()
             for name in list(targets):  # of modules that the model never calls
@@ -87,12 +89,15 @@ class MatrixRun:
         return {name: done[name] for name in sorted(done)}
 
     def _users(self, targets: dict[str, Target]) -> dict[str, list[str]]:
-        """{linear layer: the targets that its inputs calibrate}: its weight, and the embedding
-        where that is the head's weight too."""
-        users = {_module(name): [name] for name, target in targets.items()
-                 if target.treatment is Treatment.LINEAR}
+        """{linear layer, or expert's matrix: the targets that its inputs calibrate}: its weight,
+        or its parts of a checkpoint, and the embedding where that is the head's weight too."""
+        users: dict[str, list[str]] = {}
+        for name, target in targets.items():
+            if target.treatment is Treatment.LINEAR:
+                users.setdefault(self.architecture.input_of(name), []).append(name)
         if self.architecture.tied and self.architecture.embedding in targets:
-            users[_module(self.architecture.head or "")] = [self.architecture.embedding]
+            head = self.architecture.input_of(self.architecture.head or "")
+            users[head] = [self.architecture.embedding]
         return users
 
     def _job_bytes(self, target: Target) -> int:
@@ -104,8 +109,10 @@ class MatrixRun:
         if self.max_memory is None:
             return MemoryPlan.unbounded(self.threads)
         shapes = {name: shape for name, (shape, _) in self.sources[1].headers.items()}
-        found = sizes(shapes, [name for names in users.values() for name in names],
-                      self.architecture.hidden, tuple(tokens.shape), whole=whole)
+        asked = {target.name: target.shape for target in self.found.targets}
+        found = sizes(shapes, [asked[name] for names in users.values() for name in names],
+                      self.architecture.hidden, tuple(tokens.shape), whole=whole,
+                      experts=self.architecture.experts)
         results = sum(self.budget_bits.values()) // 8
         exact = sum(target.numel * target.dtype.itemsize for target in
                     self.found.of(Treatment.WHOLE))
@@ -115,18 +122,19 @@ class MatrixRun:
                            self.threads)
 
     def _grams(self, tokens: Tensor, users: dict[str, list[str]], plan: MemoryPlan, jobs: _Jobs
-               ) -> Iterator[tuple[list[str], Tensor]]:
-        """Modules that share an input, with their Gram matrix: block by block where the model's
-        code allows that, else with the whole model in memory."""
+               ) -> Iterator[tuple[list[str], Tensor, str]]:
+        """Layers that share an input, with their Gram matrix and its origin: block by block where
+        the model's code allows that, else with the whole model in memory."""
         finetuned = self.sources[1]
-        shapes = {name: shape for name, (shape, _) in finetuned.headers.items()}
+        tensors = ModelTensors(finetuned, self.architecture.parts)
         jobs.make_room()
         try:
             with self.work.scratch() as states:
-                stream = BlockStream(skeleton(finetuned.folder), tokens, users.keys(), shapes,
-                                     finetuned.read, states if plan.states_on_disk else None)
+                stream = BlockStream(skeleton(finetuned.folder), tokens, users.keys(),
+                                     tensors.shapes, tensors.read,
+                                     states if plan.states_on_disk else None)
                 groups = stream.groups
-                yield from _by_group(groups, stream.grams(
+                yield from _by_group(groups, stream.few_tokens, stream.grams(
                     groups, executor=self.executor, threads=plan.threads, max_bytes=plan.grams))
         except Unsuited as why:
             self.progress.stage(f"{TITLE}, with the whole model in memory ({why})",
@@ -137,24 +145,24 @@ class MatrixRun:
             yield from self._whole_grams(load_model(finetuned.folder), tokens, users.keys(), plan)
 
     def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: Collection[str],
-                     plan: MemoryPlan) -> Iterator[tuple[list[str], Tensor]]:
-        linears = {name: module for name, module in model.named_modules() if name in wanted}
-        groups = shared_inputs(model, tokens, linears)
-        widths = {leader: linears[leader].in_features for leader in groups}
-        threads = plan.threads
+                     plan: MemoryPlan) -> Iterator[tuple[list[str], Tensor, str]]:
+        layers = find_layers(model, wanted)
+        groups = shared_inputs(model, tokens, layers)
+        widths = {leader: in_features(layers[leader]) for leader in groups}
+        experts, threads = ExpertGrams({name: layers[name] for name in groups}), plan.threads
         for run in passes(widths, plan.grams // (threads + 1)):
-            size = sum(4 * widths[leader] ** 2 for leader in run)
-            grams = accumulate(model, tokens, {leader: linears[leader] for leader in run},
-                               executor=self.executor,
+            size, seen = sum(4 * widths[leader] ** 2 for leader in run), {}
+            grams = accumulate(model, tokens, {leader: layers[leader] for leader in run},
+                               executor=self.executor, seen=seen,
                                ahead=max(1, min(threads, plan.grams // size - 1)))
-            yield from _by_group(groups, iter([grams]))
+            yield from _by_group(groups, experts.few, iter([experts.settle(run, grams, seen)]))
 
-    def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor
-                        ) -> dict[str, CompressedMatrix]:
+    def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor,
+                        origin: str) -> dict[str, CompressedMatrix]:
         """The matrices that read one input, one after the other."""
         n = targets[0].shape[1]
         if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
-            gram = None
+            gram, origin = None, IDENTITY
         with _named(targets[0].name):
             H = identity(n) if gram is None else hessian(gram, self.config.damping)
         compressed = {}
@@ -162,14 +170,14 @@ class MatrixRun:
             weights = frequency if target.treatment is Treatment.EMBEDDING else None
             pair = read_pair(*self.sources, target)
             with _named(target.name):
-                matrix = self._compress_pair(pair, H, gram, weights)
+                matrix = self._compress_pair(pair, H, gram, weights, origin)
             self.work.keep(matrix)
             compressed[target.name] = matrix
             self.progress.advance()
         return compressed
 
     def _compress_pair(self, pair: WeightPair, H: Hessian, gram: Tensor | None,
-                       frequency: Tensor | None) -> CompressedMatrix:
+                       frequency: Tensor | None, origin: str) -> CompressedMatrix:
         start = time.perf_counter()
         weights = None if frequency is None else frequency[: pair.base.shape[0]]
         result = quantize_matrix(pair.delta, H, self.config, row_weights=weights,
@@ -178,18 +186,18 @@ class MatrixRun:
         error = relative_error(pair.delta, packed.dequantize(), gram, weights)
         if not math.isfinite(error):
             raise NonFiniteError(f"its relative error is {error}")
-        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start)
+        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start, origin)
         spectrum = Spectrum(result.singular_values, result.errors, result.widths)
         return CompressedMatrix(packed, row, spectrum)
 
 
-def _by_group(groups: dict[str, list[str]], found: Iterator[dict[str, Tensor]]
-              ) -> Iterator[tuple[list[str], Tensor]]:
+def _by_group(groups: dict[str, list[str]], few_tokens: Collection[str],
+              found: Iterator[dict[str, Tensor]]) -> Iterator[tuple[list[str], Tensor, str]]:
     """One Gram matrix at a time, with no other hold on it."""
     for grams in found:
         while grams:
             leader = next(iter(grams))
-            yield groups[leader], grams.pop(leader)
+            yield groups[leader], grams.pop(leader), LAYER if leader in few_tokens else OWN
 
 
 class _Jobs:
@@ -202,14 +210,14 @@ class _Jobs:
         self._running: dict[Future[dict[str, CompressedMatrix]], int] = {}
 
     def submit(self, size: int, compress: Callable[..., dict[str, CompressedMatrix]],
-               gram: Tensor | None, group: list[Target], frequency: Tensor) -> None:
+               gram: Tensor | None, group: list[Target], frequency: Tensor, origin: str) -> None:
         """Begin a group, which takes `size` bytes, as soon as there is room for it."""
         waiting = 0 if gram is None else gram.nbytes
         if self.plan.free is None:
             size = waiting  # with no bound only what waits counts, so that it does not pile up
         else:
             self._wait(self.plan.free - size - waiting)
-        self._running[self._executor.submit(compress, gram, group, frequency)] = size
+        self._running[self._executor.submit(compress, gram, group, frequency, origin)] = size
 
     def make_room(self) -> None:
         """Wait until the next inputs can be taken.
@@ -255,7 +263,3 @@ def token_frequency(tokens: Tensor, vocabulary: int) -> Tensor:
     """How often each token occurs, plus 1 % of the mean: what an embedding's rows weigh, fp64."""
     counts = torch.bincount(tokens.flatten(), minlength=vocabulary).double()
     return counts + FREQUENCY_FLOOR * counts.mean()
-
-
-def _module(weight: str) -> str:
-    return weight.removesuffix(".weight")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -87,40 +87,48 @@ class Sizes:
     activations: int  # of one chunk
 
 
-def sizes(shapes: Mapping[str, tuple[int, ...]], linears: Iterable[str], hidden: int,
-          tokens: tuple[int, int], *, whole: bool) -> Sizes:
+def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, int]], hidden: int,
+          tokens: tuple[int, int], *, whole: bool, experts: Collection[str] = ()) -> Sizes:
     """Counted from the shapes of a checkpoint's tensors.
 
     Args:
         shapes: by name.
-        linears: names of the weights whose inputs are asked for.
+        asked: (out, in) of the weights whose inputs are asked for.
         hidden: size of a hidden state.
         tokens: sequences and their length.
         whole: the model is in memory whole, as for its own text.
+        experts: names of those tensors that are experts'; one expert at a time is run.
     """
     by_block: dict[int, int] = {}
     outputs: dict[int, int] = {}
-    outside = [0]
+    in_block: dict[int, int] = {}  # of experts
+    outside, expert = [0], 0
     for name, shape in shapes.items():
         numel = math.prod(shape)
         if index_of(name):
             block = index_of(name)[0]
             by_block[block] = by_block.get(block, 0) + numel
-            outputs[block] = outputs.get(block, 0) + (shape[0] if len(shape) == 2 else 0)
+            if name in experts:  # its inputs, outputs, what is made of them, and their weighted sum
+                expert = max(expert, 4 * sum(shape[-2:]))
+                in_block[block] = in_block.get(block, 0) + numel
+            else:
+                outputs[block] = outputs.get(block, 0) + (shape[0] if len(shape) == 2 else 0)
         else:
             outside.append(numel)
     chunk = min(CHUNK, tokens[0]) * tokens[1]
     total = sum(by_block.values()) + sum(outside)
-    asked = [shapes[name] for name in linears]
-    activations = 4 * chunk * (2 * max(outputs.values(), default=0) + 8 * hidden)
+    widest = max((shape[1] for shape in asked), default=0)
+    activations = 4 * chunk * (2 * max(outputs.values(), default=0) + 8 * hidden + expert)
     if whole:  # where the head's inputs are asked for, its outputs come too
         activations += 4 * 2 * chunk * max((shape[0] for shape in asked), default=0)
     return Sizes(
         states=0 if whole else 4 * tokens[0] * tokens[1] * hidden,
         # fp32; of what is not in the blocks, an embedding as a rule, also as it was read
-        resident=4 * total if whole else max(4 * max(by_block.values(), default=0),
-                                             8 * max(outside)),
-        widest=max((shape[1] for shape in asked), default=0), activations=activations)
+        resident=(4 * total if whole else max(4 * max(by_block.values(), default=0),
+                                              8 * max(outside)))
+        # a layer's experts put together as they were read, and the sum of their Gram matrices
+        + 2 * max(in_block.values(), default=0) + (4 * widest**2 if experts else 0),
+        widest=widest, activations=activations)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def load(path: str | Path) -> ModelDelta:
 def restore(base: Checkpoint, delta: ModelDelta) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the fine-tune by name, one in memory at a time.
 
-    Compressed: fp32(base) + Δ̂, rows beyond the base's appended; whole: as stored; equal: the
+    Compressed: fp32(base) + Δ̂, rows beyond the base's appended; of a tensor `[experts, ..]` those
+    experts' that changed; whole: as stored; equal: the
     base's; left out: heads tied to the embedding, and what the fine-tune does not have.
 
     Raises:
@@ -76,19 +77,47 @@ def _restore_parts(base: Checkpoint, delta: ModelDelta
     """The tensors of `restore`, each with its Δ̂ where it has one."""
     _check_headers(base, delta)
     fingerprint = Fingerprint()
-    equal = set(_equal_names(delta))
+    equal, transposed = set(_equal_names(delta)), delta.manifest.transposed_names
+    stacks = _stacks(base, delta)
     for name in sorted({*base.names, *delta.whole}):
         base_tensor = base.read(name) if name in base else None
         if base_tensor is not None:
             fingerprint.add(name, base_tensor)
         if name in delta.whole:
             yield name, delta.whole[name], None
+        elif base_tensor is not None and name in stacks:
+            change = torch.zeros(base_tensor.shape)
+            for index in stacks[name]:
+                change[index] = _change(delta, f"{name}.{index}", transposed)
+            yield name, base_tensor.float().add_(change), change
         elif base_tensor is not None and name in delta.matrices:
-            change = delta.matrices[name].dequantize()
+            change = _change(delta, name, transposed)
             yield name, _with_rows(base_tensor.float() + change, delta.extra_rows.get(name)), change
         elif base_tensor is not None and name in equal:
             yield name, _with_rows(base_tensor, delta.extra_rows.get(name)), None
     check_fingerprint(fingerprint.result(), delta.manifest.fingerprint, base.source)
+
+
+def _change(delta: ModelDelta, name: str, transposed: set[str]) -> Tensor:
+    """Δ̂ in the orientation in which a checkpoint has the weight."""
+    change = delta.matrices[name].dequantize()
+    return change.T if name in transposed else change
+
+
+def _stacks(base: Checkpoint, delta: ModelDelta) -> dict[str, list[int]]:
+    """{a tensor [experts, ..] of the base: the experts whose slices the delta changes}."""
+    stacks: dict[str, list[int]] = {}
+    for name in delta.matrices:
+        if name not in base:
+            stack, index = _slice(name)
+            stacks.setdefault(stack, []).append(index)
+    return stacks
+
+
+def _slice(name: str) -> tuple[str, int]:
+    """The tensor and the index that a slice's name is made of; -1 where it is no slice's."""
+    stack, _, index = name.rpartition(".")
+    return stack, int(index) if index.isascii() and index.isdigit() else -1
 
 
 def _with_rows(tensor: Tensor, extra: Tensor | None) -> Tensor:
@@ -169,6 +198,7 @@ class _Rounding:
 
     def add(self, name: str, rounded: Tensor, exact: Tensor, change: Tensor) -> None:
         """‖rounded − exact‖² against ‖change‖², over the rows that `change` has."""
+        rounded, exact, change = (tensor.flatten(0, -2) for tensor in (rounded, exact, change))
         lost = whole = 0.0
         for first in range(0, change.shape[0], ROWS_AT_ONCE):
             rows = slice(first, min(first + ROWS_AT_ONCE, change.shape[0]))
@@ -195,11 +225,12 @@ def _planned(base: Checkpoint, delta: ModelDelta, main: torch.dtype, wanted: tor
     """{name: an empty tensor of the shape and dtype that will be written}, in the files' order."""
     _check_headers(base, delta)
     planned = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in delta.whole.items()}
-    planned |= {name: base.headers[name] for name in _equal_names(delta)}
+    planned |= {name: base.headers[name] for name in _equal_names(delta) if name in base}
     if wanted is not None:
         planned = {name: (shape, wanted if dtype.is_floating_point else dtype)
                    for name, (shape, dtype) in planned.items()}
-    planned |= {name: (packed.shape, main) for name, packed in delta.matrices.items()}
+    planned |= {name: (base.headers[name][0], main)
+                for name in {*delta.matrices, *_stacks(base, delta)} if name in base}
     for name, extra in delta.extra_rows.items():
         shape, dtype = planned[name]
         planned[name] = ((shape[0] + extra.shape[0], *shape[1:]), dtype)
@@ -245,14 +276,25 @@ def _copy_beside(delta: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def _check_headers(base: Checkpoint, delta: ModelDelta) -> None:
     """Raise FingerprintError where the base lacks a tensor that the delta changes or keeps."""
-    shapes = {name: packed.shape for name, packed in delta.matrices.items()}
+    transposed = delta.manifest.transposed_names
+    shapes = {name: packed.shape[::-1] if name in transposed else packed.shape
+              for name, packed in delta.matrices.items()}
     for name in (*shapes, *_equal_names(delta)):
-        if name not in base:
+        found = _shape_in(base, name)
+        if found is None:
             raise FingerprintError(f"{base.source} is not the base of this delta: it has no {name}")
-        found = base.headers[name][0]
         if name in shapes and found != shapes[name]:
             raise FingerprintError(f"{base.source} is not the base of this delta: its {name} is "
                                    f"{list(found)}, the delta's {list(shapes[name])}")
+
+
+def _shape_in(base: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """The shape of a tensor, or of a slice of one; None where the base has it not."""
+    if name in base:
+        return base.headers[name][0]
+    stack, index = _slice(name)
+    whole = base.headers[stack][0] if stack in base else ()
+    return whole[1:] if len(whole) == 3 and 0 <= index < whole[0] else None
 
 
 def _equal_names(delta: ModelDelta) -> list[str]:

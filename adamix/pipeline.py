@@ -113,7 +113,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     refuse_existing(out)
     seconds: dict[str, float] = {}
     sources = Checkpoint(base), Checkpoint(finetuned)
-    architecture = describe(sources[1].folder)
+    architecture = describe(sources[1].folder, sources[1].names)
     check_pair(*sources, architecture)
     threads = threads or available_cores()
     if max_memory is not None:
@@ -125,7 +125,7 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         with timed(seconds, "read"):
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
-                           on_tensor=lambda name: progress.advance())
+                           compress_vision=config.vision, on_tensor=lambda name: progress.advance())
         manifest = _manifest(sources, found, config, _origin(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
         work.check(_fingerprint(manifest, found, sources[1]), restart=restart)
@@ -254,13 +254,14 @@ def _manifest(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Con
         whole=indices(Treatment.WHOLE),
         extra_rows=[t.name for t in found.targets if t.extra_rows],
         tied=[t.name for t in found.of(Treatment.TIED)], equal=indices(Treatment.EQUAL),
-        absent=found.absent)
+        absent=found.absent,
+        transposed=[kind for kind, names in groups.items() if matrices[names[0]].transposed])
 
 
 def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifest,
            matrices: dict[str, CompressedMatrix], tokens: Tensor) -> int:
     """Write the whole folder; the bytes of what loading needs."""
-    whole = {t.name: finetuned.read(t.name) for t in found.of(Treatment.WHOLE)}
+    whole = {t.name: t.read(finetuned) for t in found.of(Treatment.WHOLE)}
     extra = {t.name: finetuned.read(t.name)[t.shape[0] :].clone()
              for t in found.targets if t.extra_rows}
     packed = {name: matrix.packed for name, matrix in matrices.items()}

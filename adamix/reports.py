@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adamix.evaluation import Evaluation
     from adamix.inspection import Inspection
     from adamix.pipeline import Summary
+    from adamix.storage.log import MatrixRow
 
 
 def summary_json(summary: Summary) -> dict[str, object]:
@@ -24,7 +25,8 @@ def summary_json(summary: Summary) -> dict[str, object]:
             "bytes_beside": summary.bytes_beside,
             "matrices": len(summary.rows), "mean_error": summary.relative_error,
             "worst_error": worst.relative_error if worst else None,
-            "worst_matrix": worst.name if worst else None, "seconds": summary.seconds,
+            "worst_matrix": worst.name if worst else None,
+            "few_tokens": [row.name for row in _of_layer(summary)], "seconds": summary.seconds,
             "peak_bytes": summary.peak_bytes, "resumed": summary.resumed}
 
 
@@ -44,6 +46,9 @@ def show_summary(summary: Summary) -> None:
         *_kept_whole(summary.whole),
         ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
         ("output error", errors),
+        *([("few tokens", f"{len(_of_layer(summary))} experts' matrices, calibrated by all tokens "
+                          f"of their layer (gram in compression_log.csv)")]
+          if _of_layer(summary) else []),
         *([("resumed", f"{summary.resumed} of {len(summary.rows)} matrices were finished before")]
           if summary.resumed else []),
         ("time", stages),
@@ -65,6 +70,11 @@ def kept_work(out: Path) -> Iterator[None]:
                   f"the same command goes on from there, with --restart it starts over",
                   file=sys.stderr)
         raise
+
+
+def _of_layer(summary: Summary) -> list[MatrixRow]:
+    """Experts' matrices that saw too few tokens."""
+    return [row for row in summary.rows if row.gram == "layer"]
 
 
 def _kept_whole(whole: dict[str, int]) -> list[tuple[str, str]]:

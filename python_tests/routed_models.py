@@ -6,7 +6,13 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
 
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.panels import pack_factor
@@ -30,13 +36,47 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
     "olmo2": {},
     "cohere": {},  # one norm before attention and MLP, which share its output
     "stablelm": {},
+    "gpt2": {"n_positions": 64},  # weights stored [in, out]
+    "mixtral": {"num_local_experts": 4},  # a checkpoint names experts otherwise than the model
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                  "shared_expert_intermediate_size": 48},  # a linear layer of one output
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                  "mlp_only_layers": [1]},  # experts in one layer, a dense MLP in the other
+    # experts in one tensor, stored [in, out], with biases
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+OTHERS = {"granitemoe": {"num_local_experts": 4}}  # renamed experts in one tensor
+TOWER = {"hidden_size": 64, "intermediate_size": 96, "patch_size": 14}
+# model_type -> its config: a vision tower before a language model; tokens 90 and up are its own
+VISION: dict[str, dict[str, object]] = {
+    "llava": {
+        "text_config": SIZES | {"model_type": "llama"}, "image_token_index": 95,
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "num_hidden_layers": 2,
+                                  "num_attention_heads": 4, "image_size": 28}},
+    "qwen2_5_vl": {
+        "text_config": SIZES | {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": TOWER | {"depth": 2, "num_heads": 4, "out_hidden_size": 64},
+        "image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93,
+        "vision_end_token_id": 92},
+}
+# model_type -> name of an expert's matrix in a checkpoint, and of the two halves of gate_up_proj
+EXPERTS = {"mixtral": ("block_sparse_moe.experts.{}.{}.weight", "w1", "w3", "w2"),
+           "qwen2_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
+           "qwen3_moe": ("mlp.experts.{}.{}.weight", "gate_proj", "up_proj", "down_proj"),
+           "gpt_oss": ("mlp.experts.{1}.{0}", "gate_up_proj", None, "down_proj")}
+ROUTERS = {"mixtral": ("mlp.gate", "block_sparse_moe.gate")}  # in the model, in a checkpoint
 
 
 def random_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """In fp32 and eval mode; every parameter random, so that nothing is 0 or 1 by default."""
-    config = AutoConfig.for_model(architecture, **(SIZES | ARCHITECTURES[architecture]))
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if architecture in VISION:
+        config = AutoConfig.for_model(architecture, **VISION[architecture])
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    else:
+        own = (ARCHITECTURES | OTHERS)[architecture]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SIZES | own))
+        model.eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -55,18 +95,51 @@ def random_finetune(model: PreTrainedModel, seed: int, *, share: float = 1.0
     matrices: dict[str, PackedDelta] = {}
     whole: dict[str, Tensor] = {}
     matrix_names = {f"{n}.weight" for n, m in model.named_modules()
-                    if isinstance(m, nn.Linear) or m is model.get_input_embeddings()}
+                    if isinstance(m, (nn.Linear, Conv1D)) or m is model.get_input_embeddings()}
     for name, parameter in merged.named_parameters():
         if torch.rand(1, generator=generator) >= share:
             continue
-        if name in matrix_names:
-            matrices[name] = random_packed(tuple(parameter.shape), generator)
-            parameter.data += matrices[name].dequantize()
-        elif parameter.dim() == 1:
+        if name in matrix_names and min(parameter.shape) >= 32:
+            turned = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            shape = parameter.shape[::-1] if turned else parameter.shape
+            matrices[name] = random_packed(tuple(shape), generator)
+            change = matrices[name].dequantize()
+            parameter.data += change.T if turned else change
+        elif parameter.dim() == 3:
+            matrices |= _change_experts(model.config.model_type, name, parameter, generator)
+        elif name.endswith("sinks"):
+            continue  # of attention, by head: no row can have its own
+        elif parameter.dim() == 1 or _is_kept_whole(name, parameter):
             change = 0.05 * torch.randn(parameter.shape, generator=generator)
             parameter.data += change
-            whole[name] = parameter.data.clone()
+            whole[name.replace(*ROUTERS.get(model.config.model_type, ("", "")))] = (
+                parameter.data.clone())
     return ModelDelta(matrices, whole, {}, no_manifest()), merged
+
+
+def _is_kept_whole(name: str, parameter: Tensor) -> bool:
+    """Routers, and positions where the base adds them as they are."""
+    return parameter.dim() == 2 and any(
+        part in name for part in ("mlp.gate.", "router.", "wpe.", "shared_expert_gate."))
+
+
+def _change_experts(architecture: str, name: str, parameter: nn.Parameter,
+                    generator: torch.Generator) -> dict[str, PackedDelta]:
+    """Add a delta to each expert's matrices; the deltas, as the checkpoint would name them."""
+    pattern, gate, up, down = EXPERTS[architecture]
+    layer, turned = name.split(".mlp.")[0], architecture == "gpt_oss"
+    found = {}
+    for expert, matrix in enumerate(parameter.data):
+        matrix = matrix.T if turned else matrix
+        if "down" in name or up is None:
+            parts = {down if "down" in name else gate: matrix}
+        else:
+            parts = dict(zip((gate, up), matrix.chunk(2), strict=True))
+        for part, rows in parts.items():
+            packed = random_packed(tuple(rows.shape), generator)
+            rows += packed.dequantize()
+            found[f"{layer}.{pattern.format(expert, part)}"] = packed
+    return found
 
 
 def random_packed(shape: tuple[int, int], generator: torch.Generator) -> PackedDelta:

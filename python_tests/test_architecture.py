@@ -11,8 +11,8 @@ FOLDERS = ("adamix", "csrc", "cpp_tests", "python_tests", "benchmarks")
 CODE = {".py", ".h", ".cpp", ".cu", ".cuh"}
 STAGES = ("source", "calibration", "compression", "storage", "serving")
 # What a stage may import beside itself.
-SHARED = {"artifacts", "config", "errors", "fake_ops", "naming", "ops", "panels", "parallel",
-          "progress"}
+SHARED = {"artifacts", "config", "errors", "experts", "fake_ops", "naming", "ops", "panels",
+          "parallel", "progress"}
 MAX_FILE, MAX_FUNCTION, MAX_LINE = 400, 60, 100
 LEFT_OPEN = re.compile("TO" "DO|FIX" "ME|XX" "X")
 

@@ -60,7 +60,8 @@ def test_a_routed_row_computes_what_its_merged_model_does(architecture, device):
     family.assert_routed([None, None], ids_of(2))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "qwen3", "gpt2",
+                                          "mixtral"])
 def test_one_row_of_many_requests_is_routed_by_token(architecture, device):
     """Attention mixes tokens, so a row of one fine-tune: each layer sees its tokens by token."""
     family, ids = Family(architecture, device), ids_of(1, 9)
@@ -101,8 +102,9 @@ def test_a_fine_tune_that_changes_little_leaves_the_rest_to_the_base():
     Family(share=0.3).assert_routed(["a", "b", None], ids_of(3))
 
 
-def test_rows_of_beams_and_several_sequences_follow_their_prompt():
-    family, ids, names = Family(), ids_of(2), ["b", "a"]
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_rows_of_beams_and_several_sequences_follow_their_prompt(architecture):
+    family, ids, names = Family(architecture), ids_of(2), ["b", "a"]
     for more in ({"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}):
         with family.bank.route(names):
             got = family.model.generate(ids, **GREEDY | more).tolist()
@@ -111,8 +113,9 @@ def test_rows_of_beams_and_several_sequences_follow_their_prompt():
         assert got == sum(want, [])
 
 
-def test_a_batch_of_different_lengths_generates_what_each_model_would():
-    family, names = Family(), ["a", None, "b", "a"]
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_batch_of_different_lengths_generates_what_each_model_would(architecture):
+    family, names = Family(architecture), ["a", None, "b", "a"]
     rows = [ids_of(1, n)[0] for n in (3, 9, 5, 1)]
     ids = torch.stack([nn.functional.pad(row, (9 - len(row), 0)) for row in rows])
     mask = torch.stack([nn.functional.pad(torch.ones_like(row), (9 - len(row), 0)) for row in rows])

@@ -13,17 +13,26 @@ from transformers import AutoModelForCausalLM
 from adamix.calibration import blocks
 from adamix.calibration.blocks import BlockStream, Unsuited
 from adamix.calibration.gram import CHUNK, accumulate, shared_inputs
+from adamix.calibration.layers import find_layers
 from adamix.errors import CheckpointError, NonFiniteError
 from adamix.source.checkpoints import Checkpoint
 from adamix.source.models import load_model, skeleton
+from adamix.source.parts import ModelTensors, find_parts
 
 TOKENS = torch.randint(3, VOCABULARY, (2 * CHUNK + 3, 12),
                        generator=torch.Generator().manual_seed(0))
 LARGE = 2**30
 
 
+class Everything:
+    """Holds every name."""
+
+    def __contains__(self, name):
+        return True
+
+
 def linears(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return find_layers(model, Everything())
 
 
 def whole_grams(folder):
@@ -37,8 +46,9 @@ def whole_grams(folder):
 
 def stream_of(folder, model=None, read=None, without=()):
     model, checkpoint = model or skeleton(folder), Checkpoint(folder)
-    shapes = {name: shape for name, (shape, _) in checkpoint.headers.items() if name not in without}
-    return BlockStream(model, TOKENS, set(linears(model)), shapes, read or checkpoint.read)
+    tensors = ModelTensors(checkpoint, find_parts(model, checkpoint.names))
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name not in without}
+    return BlockStream(model, TOKENS, set(linears(model)), shapes, read or tensors.read)
 
 
 def streamed(stream, leaders=None, threads=1, max_bytes=LARGE):

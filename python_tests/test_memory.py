@@ -88,11 +88,11 @@ def test_too_small_a_bound_is_refused_with_what_would_do():
 def test_sizes_are_counted_by_block():
     shapes = {"embed.weight": (100, 8), "layers.0.up.weight": (32, 8), "layers.0.b": (32,),
               "layers.1.up.weight": (32, 8), "layers.1.down.weight": (8, 32), "norm": (8,)}
-    found = sizes(shapes, ["layers.1.down.weight", "layers.0.up.weight"], 8, (16, 10), whole=False)
+    found = sizes(shapes, [(8, 32), (32, 8)], 8, (16, 10), whole=False)
     assert (found.states, found.widest) == (4 * 16 * 10 * 8, 32)
     assert found.resident == max(4 * (32 * 8 + 8 * 32), 8 * 800)
     assert found.activations == 4 * 80 * (2 * 40 + 8 * 8)
-    whole = sizes(shapes, ["layers.0.up.weight"], 8, (16, 10), whole=True)
+    whole = sizes(shapes, [(32, 8)], 8, (16, 10), whole=True)
     assert whole.resident == 4 * (800 + 256 + 32 + 256 + 256 + 8) and whole.states == 0
 
 

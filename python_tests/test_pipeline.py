@@ -146,9 +146,9 @@ def test_compress_matrix_is_what_the_pipeline_does_to_one_matrix(tmp_path, monke
     pair, grams, calibrated = compressed_pair(), {}, matrices.MatrixRun._grams
 
     def spy(*arguments):
-        for modules, gram in calibrated(*arguments):
+        for modules, gram, origin in calibrated(*arguments):
             grams.update(dict.fromkeys(modules, gram.clone()))
-            yield modules, gram
+            yield modules, gram, origin
 
     monkeypatch.setattr(matrices.MatrixRun, "_grams", spy)
     compress(pair.base, pair.finetuned, tmp_path / "d", CONFIG, threads=1)

@@ -51,7 +51,7 @@ def make_pair(folder: Path, *, tied: bool = False, grown_rows: int = 0, sharded:
     finetuned = _model(VOCABULARY + grown_rows, tied)
     for name, weight in finetuned.named_parameters():
         old = base.get_parameter(name).data
-        new = old + _delta(old, generator)
+        new = old + decaying_delta(old, generator)
         if new.shape != weight.shape:
             extra = torch.randn(grown_rows, HIDDEN, generator=generator)
             new = torch.cat([new, INITIAL_STD * extra])
@@ -90,7 +90,8 @@ def _model(vocabulary: int, tied: bool) -> LlamaForCausalLM:
     return model
 
 
-def _delta(weight: Tensor, generator: torch.Generator) -> Tensor:
+def decaying_delta(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """A change of a parameter, of a matrix with singular values that fall as 1/i."""
     if weight.dim() == 1:
         return 0.05 * torch.randn(weight.shape, generator=generator)
     rank = min(weight.shape)
@@ -163,7 +164,7 @@ def compressed_family(count: int = 3) -> Family:
 def _write_finetune(base: Path, path: Path, generator: torch.Generator) -> None:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for weight in model.parameters():
-        weight.data += _delta(weight.data, generator)
+        weight.data += decaying_delta(weight.data, generator)
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
 

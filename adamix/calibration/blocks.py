@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adamix.calibration.gram import CHUNK, gram_matrices, passes, sharing
+from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.calibration.states import OnDisk
 from adamix.errors import AdamixError, reason
+from adamix.experts import OneByOne, is_experts
 
 HIDDEN = "hidden_states"  # what transformers calls them where they are passed by name
 
@@ -87,7 +89,7 @@ class BlockStream:
         model: parameters on the meta device, other than persistent buffers with their values; in
             eval mode.
         tokens: int64 `[sequences, length]`, run in chunks of `gram.CHUNK`.
-        wanted: names of the linear layers whose inputs are asked for.
+        wanted: names of the layers whose inputs are asked for, as `find_layers` has them.
         shapes: of the checkpoint's tensors, by name.
         read: one of them, as stored.
         states: a folder for the hidden states between two blocks; None keeps them in memory.
@@ -102,7 +104,11 @@ class BlockStream:
         self._model, self._shapes, self._read = model, shapes, read
         self._prefix, self._blocks = _find_blocks(model)
         self._names = {module: name for name, module in model.named_modules()}
-        self._linears = {name: module for name, module in model.named_modules() if name in wanted}
+        self._linears = find_layers(model, wanted)
+        self.few_tokens: set[str] = set()  # experts that got the Gram matrix of all of their layer
+        for module in model.modules():
+            if is_experts(module):
+                module.forward = OneByOne(module)
         # How many None a block gives back behind the hidden states, in a tuple; None: no tuple.
         self._behind: list[int | None] = [None] * len(self._blocks)
         self._chunks = tokens.split(CHUNK)
@@ -181,8 +187,7 @@ class BlockStream:
         share an input."""
         name = f"{self._prefix}.{index}"
         self._check(self._blocks[index])
-        linears = {f"{name}.{part}": module for part, module in probe.named_modules()
-                   if f"{name}.{part}" in self._linears}
+        linears = find_layers(probe, self._linears, f"{name}.")
         probe.to("meta")
         moved, outputs = call.map(lambda tensor: tensor.to("meta")), []
 
@@ -269,7 +274,8 @@ class BlockStream:
     def grams(self, leaders: Collection[str], *, executor: Executor, threads: int,
               max_bytes: int) -> Iterator[dict[str, Tensor]]:
         """X Xᵀ `[in, in]` fp32 of the layers in `leaders`, those of a block or of a part of one at
-        a time, in the blocks' order. Can be run through once.
+        a time, in the blocks' order. Can be run through once. Experts in `few_tokens` have one of
+        all tokens of their layer, in common.
 
         Args:
             leaders: keys of `groups`; blocks after the last one that is asked for are not run.
@@ -282,15 +288,20 @@ class BlockStream:
         """
         outside = [name for name in self._outside if name in leaders]
         wanted = [[name for name in group if name in leaders] for group in self._groups]
+        experts = ExpertGrams({name: self._linears[name] for name in leaders}, self.few_tokens)
         last = max((index for index, names in enumerate(wanted) if names or outside), default=-1)
         for index, block in enumerate(self._blocks[: last + 1]):
             self._fill(block)
             *earlier, final = self._runs(wanted[index], max_bytes)
             for run in earlier:
-                yield self._run_block(index, block, run, executor, threads, max_bytes, keep=False)
-            found = self._run_block(index, block, final, executor, threads, max_bytes, keep=True)
+                found, seen = self._run_block(index, block, run, executor, threads, max_bytes,
+                                              keep=False)
+                if found := experts.settle(run, found, seen):
+                    yield found
+            found, seen = self._run_block(index, block, final, executor, threads, max_bytes,
+                                          keep=True)
             _empty(block)
-            if found:
+            if found := experts.settle(final, found, seen):
                 yield found
         for run in self._runs(outside, max_bytes) if outside else []:
             modules = {name: self._linears[name] for name in run}
@@ -301,23 +312,25 @@ class BlockStream:
 
     def _runs(self, names: list[str], max_bytes: int) -> list[list[str]]:
         """Layers whose Gram matrices are made at a time, two of each: a sum and a chunk's part."""
-        widths = {name: self._linears[name].in_features for name in names}
+        widths = {name: in_features(self._linears[name]) for name in names}
         return list(passes(widths, max_bytes // 2)) or [[]]
 
     def _run_block(self, index: int, block: nn.Module, names: list[str], executor: Executor,
-                   threads: int, max_bytes: int, *, keep: bool) -> dict[str, Tensor]:
-        """One block over all chunks; with `keep` its outputs take the place of its inputs."""
+                   threads: int, max_bytes: int, *, keep: bool
+                   ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """One block over all chunks: Gram matrices, and of how many tokens. With `keep` its outputs
+        take the place of its inputs."""
         def forward(number: int) -> None:
             hidden, call = self._states[number], self._calls[number][index]
             output = call.on(block, hidden if keep else hidden.clone())
             if keep:
                 self._states[number] = output
 
-        modules = {name: self._linears[name] for name in names}
-        size = sum(4 * module.in_features**2 for module in modules.values())
+        layers, seen = {name: self._linears[name] for name in names}, {}
+        size = sum(4 * in_features(layer) ** 2 for layer in layers.values())
         ahead = max(1, min(threads, max_bytes // size - 1)) if size else threads
-        return gram_matrices(forward, range(len(self._chunks)), modules, executor=executor,
-                             ahead=ahead)
+        return gram_matrices(forward, range(len(self._chunks)), layers, executor=executor,
+                             ahead=ahead, seen=seen), seen
 
     def _leave(self, number: int) -> None:
         """Run what follows the blocks for one chunk."""
@@ -327,9 +340,10 @@ class BlockStream:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
-    """Name and modules of the largest list of modules that is in no other."""
+    """Name and modules of the largest list of modules that is in no other, in the decoder."""
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())
     lists = [(name, module) for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and len(module)]
+             if isinstance(module, nn.ModuleList) and len(module) and module in decoder]
     outer = [(name, module) for name, module in lists
              if not any(name.startswith(f"{other}.") for other, _ in lists)]
     if not outer:

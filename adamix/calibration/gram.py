@@ -1,4 +1,5 @@
-"""Calibration activations -> X Xᵀ of each distinct input of the model's linear layers."""
+"""Calibration activations -> X Xᵀ of each distinct input of the model's linear layers; of each
+expert's, of the tokens that are routed to it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adamix.calibration.layers import Expert, Layer, experts_one_by_one
 from adamix.errors import NonFiniteError
 from adamix.parallel import in_order
 
@@ -23,55 +25,83 @@ MAX_GRAM_BYTES = 4 * 2**30  # Gram matrices in memory, all threads'; more layers
 
 
 @torch.inference_mode()
-def shared_inputs(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.Linear]
+def shared_inputs(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer]
                   ) -> dict[str, list[str]]:
-    """{first module: all modules that read the same tensor as it} (q/k/v; gate/up), in call order.
+    """{first layer: all layers that read the same tensor as it} (q/k/v; gate/up), in call order.
 
-    Found by running a few tokens: modules share an input where they are handed the same tensor.
-    A module that this forward pass never calls has no entry.
+    Found by running a few tokens: layers share an input where they are handed the same tensor.
+    A layer that this forward pass never calls has no entry; experts whose module is called have one
+    each.
     """
-    with sharing(modules) as groups:
+    with experts_one_by_one(model), sharing(layers) as groups:
         model(input_ids=tokens[:1, :8].to(model.device), use_cache=False)
     return groups
 
 
 @contextmanager
-def sharing(modules: dict[str, nn.Linear]) -> Iterator[dict[str, list[str]]]:
-    """{first module: all modules that read the same tensor}, of what runs in the block."""
-    seen: list[tuple[Tensor, list[str]]] = []  # holding the tensors keeps their identities apart
+def sharing(layers: dict[str, Layer]) -> Iterator[dict[str, list[str]]]:
+    """{first layer: all layers that read the same tensor}, of what runs in the block."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # holding the tensors keeps their ids apart
     groups: dict[str, list[str]] = {}
+    experts: dict[nn.Module, list[str]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Expert):
+            experts.setdefault(layer.module, []).append(name)
 
     def record(name: str, X: Tensor) -> None:
-        names = next((names for tensor, names in seen if tensor is X), None)
-        if names is None:
-            seen.append((X, groups.setdefault(name, [name])))
+        if id(X) not in seen:
+            seen[id(X)] = X, groups.setdefault(name, [name])
         else:
-            names.append(name)
+            seen[id(X)][1].append(name)
 
-    with _watching(modules, record):
-        yield groups
+    def called(module: nn.Module, given: object) -> None:
+        groups.update({name: [name] for name in experts[module]})
 
-
-@contextmanager
-def _watching(modules: dict[str, nn.Linear], see: Callable[[str, Tensor], None]
-              ) -> Iterator[None]:
-    """Call see(name, input) before each call of a module in the block."""
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        def hook(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            see(name, given[0] if given else named["input"])
-        return hook
-
-    hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-             for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(called) for module in experts]
     try:
-        yield
+        linears = {name: layer for name, layer in layers.items() if not isinstance(layer, Expert)}
+        with _watching(linears, record):
+            yield groups
     finally:
         for hook in hooks:
             hook.remove()
 
 
+@contextmanager
+def _watching(layers: dict[str, Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, input) before each use of a layer in the block."""
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            see(name, given[0] if given else next(iter(named.values())))
+        return hook
+
+    def watcher_of(stacks: dict[str, str]) -> Callable[[str, int, Tensor], None]:
+        def watch(parameter: str, index: int, X: Tensor) -> None:
+            name = f"{stacks.get(parameter)}.{index}"
+            if name in layers:
+                see(name, X)
+        return watch
+
+    hooks = [layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+             for name, layer in layers.items() if not isinstance(layer, Expert)]
+    stacks: dict[nn.Module, dict[str, str]] = {}
+    for layer in layers.values():
+        if isinstance(layer, Expert):
+            stacks.setdefault(layer.module, {})[layer.parameter] = layer.stack
+    watchers = [(module.forward, watcher_of(names)) for module, names in stacks.items()]
+    for run, watcher in watchers:
+        run.see.append(watcher)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for run, watcher in watchers:
+            run.see.remove(watcher)
+
+
 def passes(leaders: dict[str, int], max_bytes: int = MAX_GRAM_BYTES) -> Iterator[list[str]]:
-    """Split modules {name: in_features} into runs whose fp32 Gram matrices fit `max_bytes`."""
+    """Split layers {name: in_features} into runs whose fp32 Gram matrices fit `max_bytes`."""
     run: list[str] = []
     used = 0
     for name, width in leaders.items():
@@ -85,10 +115,10 @@ def passes(leaders: dict[str, int], max_bytes: int = MAX_GRAM_BYTES) -> Iterator
         yield run
 
 
-def accumulate(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.Linear], *,
-               executor: Executor, ahead: int = 2,
-               on_chunk: Callable[[int], None] = lambda n: None) -> dict[str, Tensor]:
-    """X Xᵀ `[in, in]` fp32 of the inputs of each module over all tokens.
+def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer], *,
+               executor: Executor, ahead: int = 2, on_chunk: Callable[[int], None] = lambda n: None,
+               seen: dict[str, int] | None = None) -> dict[str, Tensor]:
+    """X Xᵀ `[in, in]` fp32 of the inputs of each layer over all tokens.
 
     Products and sums in fp32. A chunk of sequences is one forward pass; the chunks run side by side
     and their sums are added in the chunks' order.
@@ -96,51 +126,59 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, modules: dict[str, nn.Lin
     Args:
         model: the fine-tuned model, in eval mode.
         tokens: int64 `[sequences, length]`.
-        modules: {name: module}, each with an input of its own.
+        layers: {name: layer}, each with an input of its own.
         executor: runs the chunks.
         ahead: chunks at a time, each with Gram matrices of its own.
         on_chunk: told the number of sequences after each chunk.
+        seen: gets {name: tokens that the layer saw}.
 
     Raises:
-        NonFiniteError: an activation is NaN or Inf; the sentence names the module.
+        NonFiniteError: an activation is NaN or Inf; the sentence names the layer.
     """
     head = model.get_output_embeddings()
-    whole = any(module is head for module in modules.values())
+    whole = any(layer is head for layer in layers.values())
     takes = inspect.signature(model.forward).parameters
     options = {} if whole or "logits_to_keep" not in takes else {"logits_to_keep": 1}
 
     def forward(chunk: Tensor) -> None:
         model(input_ids=chunk.to(model.device), use_cache=False, **options)
 
-    return gram_matrices(forward, tokens.split(CHUNK), modules, executor=executor, ahead=ahead,
-                         on_chunk=lambda chunk: on_chunk(len(chunk)))
+    with experts_one_by_one(model):
+        return gram_matrices(forward, tokens.split(CHUNK), layers, executor=executor, ahead=ahead,
+                             on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen)
 
 
 def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
-                  modules: dict[str, nn.Linear], *, executor: Executor, ahead: int,
-                  on_chunk: Callable[[Chunk], None] = lambda chunk: None) -> dict[str, Tensor]:
-    """X Xᵀ `[in, in]` fp32 of what enters the modules while `forward` runs over each chunk.
+                  layers: dict[str, Layer], *, executor: Executor, ahead: int,
+                  on_chunk: Callable[[Chunk], None] = lambda chunk: None,
+                  seen: dict[str, int] | None = None) -> dict[str, Tensor]:
+    """X Xᵀ `[in, in]` fp32 of what enters the layers while `forward` runs over each chunk; experts
+    must run one by one.
 
     Raises:
-        NonFiniteError: an activation is NaN or Inf; the sentence names the module.
+        NonFiniteError: an activation is NaN or Inf; the sentence names the layer.
     """
     local = threading.local()
 
     def add(name: str, X: Tensor) -> None:
         X = X.flatten(0, -2).float()
         local.grams[name] = local.grams.get(name, 0) + X.T @ X
+        local.counts[name] = local.counts.get(name, 0) + len(X)
 
     @torch.inference_mode()
-    def run(chunk: Chunk) -> dict[str, Tensor]:
-        local.grams = {}
+    def run(chunk: Chunk) -> tuple[dict[str, Tensor], dict[str, int]]:
+        local.grams, local.counts = {}, {}
         forward(chunk)
-        return local.grams
+        return local.grams, local.counts
 
     totals: dict[str, Tensor] = {}
-    with _watching(modules, add):
-        for chunk, grams in zip(chunks, in_order(executor, run, chunks, ahead), strict=True):
+    tokens = {} if seen is None else seen
+    with _watching(layers, add):
+        for chunk, (grams, counts) in zip(chunks, in_order(executor, run, chunks, ahead),
+                                          strict=True):
             for name, gram in grams.items():
                 totals[name] = totals[name].add_(gram) if name in totals else gram.clone()
+                tokens[name] = tokens.get(name, 0) + counts[name]
             on_chunk(chunk)
     for name, gram in totals.items():
         if not torch.isfinite(gram).all():

@@ -70,7 +70,7 @@ def continuous_batching(model: PreTrainedModel, bank: DeltaBank, *,
     """
     check_internals()
     check_model(model, bank)
-    config = routable_config(continuous_batching_config or ContinuousBatchingConfig())
+    config = routable_config(continuous_batching_config or ContinuousBatchingConfig(), model)
     generation = copy.deepcopy(generation_config or model.generation_config)
     if generation.eos_token_id is None:
         generation.eos_token_id = -1  # transformers': no token ends a request

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,13 +24,13 @@ class MatrixPlace:
 
 @dataclass(frozen=True)
 class ValuesPlace:
-    """A parameter of one dimension that deltas may change: its columns in the bank's values."""
+    """A parameter that deltas may change whole: its columns in the bank's values."""
 
     begin: int
     end: int
     dtype: torch.dtype  # of the bank's values
     base: Tensor  # the base's values, fp32
-    is_bias: bool  # of a linear layer: kept as difference, since the base adds its own
+    is_added: bool  # a linear layer's bias, a router: kept as difference, the base adds its own
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class Places:
     matrices: dict[str, MatrixPlace]
     values: dict[str, ValuesPlace]
     columns: dict[torch.dtype, int]  # of values of each dtype
+    aliases: dict[str, str] = field(default_factory=dict)  # a checkpoint's name -> the model's
+
+    def matrix(self, name: str) -> MatrixPlace | None:
+        """That of a weight by either name."""
+        return self.matrices.get(name) or self.matrices.get(self.aliases.get(name, ""))
+
+    def value(self, name: str) -> ValuesPlace | None:
+        """That of a parameter by either name."""
+        return self.values.get(name) or self.values.get(self.aliases.get(name, ""))
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def base_values(places: Places, *, pin: bool = False) -> dict[torch.dtype, Tenso
     values = {dtype: torch.zeros(count, dtype=dtype, pin_memory=pin)
               for dtype, count in places.columns.items()}
     for place in places.values.values():
-        if not place.is_bias:
+        if not place.is_added:
             values[place.dtype][place.begin : place.end] = place.base
     return values
 
@@ -87,7 +96,7 @@ def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> De
     columns = (ops.TABLE_V_OFFSET, ops.TABLE_U_OFFSET, ops.TABLE_SCALE_OFFSET)
     end = 0
     for matrix, packed in delta.matrices.items():
-        row = table[places.matrices[matrix].index]
+        row = table[places.matrix(matrix).index]
         row[ops.TABLE_FIRST_COUNT :] = torch.tensor(packed.counts)
         v_words = _lengths(packed)[0]
         parts = (packed.words[:v_words], packed.words[v_words:], packed.scales.view(torch.int32))
@@ -97,9 +106,9 @@ def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> De
             end += aligned(part.numel())
     values = base_values(places, pin=pin)
     for parameter, tensor in delta.whole.items():
-        place = places.values[parameter]
-        own = tensor.float() - place.base if place.is_bias else tensor
-        values[place.dtype][place.begin : place.end] = own
+        place = places.value(parameter)
+        own = tensor.float() - place.base if place.is_added else tensor
+        values[place.dtype][place.begin : place.end] = own.flatten()
     return DeltaImage(words, table, values)
 
 
@@ -110,20 +119,20 @@ def _lengths(packed: PackedDelta) -> tuple[int, int, int]:
 
 def _refuse_unroutable(name: str, delta: ModelDelta, places: Places) -> None:
     for matrix, packed in delta.matrices.items():
-        place = places.matrices.get(matrix)
+        place = places.matrix(matrix)
         _check_shape(name, matrix, packed.shape, place.shape if place else None)
         if place and packed.rank > place.max_rank:
             raise BankError(f"{name} has {packed.rank} components in {matrix}, the bank takes at "
                             f"most {place.max_rank} there: give a larger max_rank")
     for parameter, tensor in delta.whole.items():
-        known = places.values.get(parameter)
-        if known is None and tensor.dim() == 1 and parameter not in places.matrices:
+        known = places.value(parameter)
+        if known is None and tensor.dim() == 1 and places.matrix(parameter) is None:
             raise BankError(f"{name} changes {parameter}, which the model does not have or cannot "
                             f"have for each row: merge it instead")
         if known is None:
             raise BankError(f"{name} keeps {parameter} {list(tensor.shape)} whole, and a matrix "
                             f"that is not compressed cannot be routed: merge it instead")
-        _check_shape(name, parameter, tuple(tensor.shape), (known.end - known.begin,))
+        _check_shape(name, parameter, tuple(tensor.shape), tuple(known.base.shape))
     if delta.extra_rows:
         grown = next(iter(delta.extra_rows))
         raise BankError(f"{name} has {delta.extra_rows[grown].shape[0]} rows of {grown} that the "

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from adamix.errors import BankError
 from adamix.serving.bank import DeltaBank
+from adamix.serving.experts import RoutedExperts
 from adamix.serving.modules import routing_of
 from adamix.serving.routing import MAX_ROWS
 
@@ -82,12 +83,18 @@ def check_model(model: PreTrainedModel, bank: DeltaBank) -> None:
         raise BankError("continuous batching with fine-tunes runs on one device")
 
 
-def routable_config(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
-    """A copy that shares no blocks between requests, and runs one batch after the other.
+def routable_config(config: ContinuousBatchingConfig, model: PreTrainedModel
+                    ) -> ContinuousBatchingConfig:
+    """A copy that shares no blocks between requests, and runs one batch after the other; without
+    CUDA graphs where the model has experts, which are counted on the host.
 
     Raises:
-        BankError: batches are to be asynchronous, or larger than can be routed.
+        BankError: batches are to be asynchronous, larger than can be routed, or experts captured.
     """
+    experts = any(isinstance(module, RoutedExperts) for module in model.modules())
+    graphs = config.use_cuda_graph
+    if experts and graphs and (graphs is True or any(graphs)):
+        raise BankError("experts cannot be captured in CUDA graphs: leave out use_cuda_graph")
     if config.use_async_batching:
         raise BankError("fine-tunes are batched synchronously: leave out use_async_batching")
     if config.max_batch_tokens is not None and config.max_batch_tokens > MAX_ROWS:
@@ -95,6 +102,8 @@ def routable_config(config: ContinuousBatchingConfig) -> ContinuousBatchingConfi
                         f"{config.max_batch_tokens}")
     config = copy.deepcopy(config)
     config.use_async_batching = config.allow_block_sharing = False
+    if experts:
+        config.use_cuda_graph = False
     return config
 
 

@@ -48,6 +48,13 @@ class Memory:
         base's last."""
         return self.values[first.dtype][:, first.begin : (last or first).end]
 
+    def replacing(self, places: Places) -> dict[torch.dtype, Tensor]:
+        """The leading columns, which stand in the place of the base's values: those of norms, not
+        what is added to an output."""
+        return {dtype: values[:, : max((place.end for place in places.values.values()
+                                        if place.dtype == dtype and not place.is_added), default=0)]
+                for dtype, values in self.values.items()}
+
     @property
     def nbytes(self) -> int:
         """Of the device's memory."""

@@ -15,12 +15,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from adamix.artifacts import SMALL
 from adamix.errors import BankError
+from adamix.experts import is_experts
+from adamix.serving.experts import can_route_experts
+from adamix.serving.whole import can_route_linear_map, is_linear_map
 
 PROBE_ROWS = 2
 PROBE_TOKENS = (13, 11, 17)  # the first that is no size of the model: found again in shapes
 SCALE_ROWS = 16  # of an embedding, looked up to see how it scales them
+LINEAR = (nn.Linear, Conv1D)
 GROUP_MOST = 8  # matrices of one call of delta_gemm
 
 
@@ -42,6 +48,9 @@ class Plan:
     values: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
     token_dims: dict[nn.Module, int] = field(default_factory=dict)
     scales: dict[nn.Module, float] = field(default_factory=dict)  # of embeddings, on their rows
+    experts: dict[str, nn.Module] = field(default_factory=dict)  # module name -> module
+    routers: dict[str, nn.Module] = field(default_factory=dict)  # linear maps that are kept whole
+    positions: dict[str, nn.Module] = field(default_factory=dict)  # embeddings of positions
 
 
 @dataclass
@@ -52,7 +61,7 @@ class _Call:
 
 
 def find_sites(model: nn.Module) -> Plan:
-    """Every linear layer, embedding and norm of a model.
+    """Every linear layer, embedding, norm, layer of experts and router of a model.
 
     Raises:
         BankError: its parameters are on several devices.
@@ -63,31 +72,57 @@ def find_sites(model: nn.Module) -> Plan:
     plan, calls = Plan(), _probe(model)
     inputs = {call.module: call.x for call in calls}
     by_weight: dict[nn.Parameter, Matrix] = {}
-    for name, module in model.named_modules():
+    for name, module in _routable(model):
         if isinstance(module, nn.Embedding):
             scale = _scale(module, inputs.get(module))
             if scale is None:
+                if _is_of_positions(module, inputs.get(module)):
+                    plan.positions[name] = module
                 continue
             plan.scales[module] = scale
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        small = isinstance(module, nn.Linear) and min(module.weight.shape) < SMALL
+        if small and can_route_linear_map(module):
+            plan.routers[name] = module
+        elif isinstance(module, (*LINEAR, nn.Embedding)):
             matrix = Matrix(f"{name}.weight", [module], _shape(module))
             tied = by_weight.setdefault(module.weight, matrix)
             if tied is matrix:
                 plan.matrices.append(matrix)
             else:
                 tied.modules.append(module)
+        elif is_experts(module):
+            if can_route_experts(module):
+                plan.experts[name] = module
+        elif is_linear_map(module):
+            if can_route_linear_map(module):
+                plan.routers[name] = module
         elif _has_values(module):
             plan.values[name] = module
-    plan.groups = _groups(calls, model)
+    known = {module for matrix in plan.matrices for module in matrix.modules}
+    plan.groups = [group for members in _groups(calls, model)
+                   if (group := [module for module in members if module in known])]
     for call in calls:
         plan.token_dims.setdefault(call.module, _token_dim(call.y, _probe_tokens(model)))
     return plan
 
 
-def _shape(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+def _routable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name; of a model of several kinds of input the language model's alone: what enters
+    a vision tower has no rows of the batch."""
+    config = getattr(model, "config", None)
+    known = set(model.modules())
+    if config is not None and config.get_text_config() is not config:
+        layers = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+        known = {module for layer in layers if layer is not None for module in layer.modules()}
+    return ((name, module) for name, module in model.named_modules() if module in known)
+
+
+def _shape(module: nn.Linear | Conv1D | nn.Embedding) -> tuple[int, int]:
     """[out, in] as a delta has it, however the layer packs its weight."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
     return module.num_embeddings, module.embedding_dim
 
 
@@ -149,7 +184,7 @@ def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
     """Linear layers of one parent module that were called once each, on one tensor; all others
     alone."""
     parents = {child: parent for parent in model.modules() for child in parent.children()}
-    linears = [call for call in calls if isinstance(call.module, nn.Linear)]
+    linears = [call for call in calls if isinstance(call.module, LINEAR)]
     times = Counter(call.module for call in linears)
     shared: dict[tuple[int, nn.Module], list[nn.Module]] = {}
     for call in linears:
@@ -159,7 +194,7 @@ def _groups(calls: Iterable[_Call], model: nn.Module) -> list[list[nn.Module]]:
              for first in range(0, len(group), GROUP_MOST)]
     grouped = {module for group in found for module in group}
     return found + [[module] for module in model.modules()
-                    if isinstance(module, nn.Linear) and module not in grouped]
+                    if isinstance(module, LINEAR) and module not in grouped]
 
 
 @torch.inference_mode()
@@ -182,6 +217,12 @@ def _scale(module: nn.Embedding, tokens: Tensor | None) -> float | None:
     rounding = 4 * torch.finfo(module.weight.dtype).eps
     agrees = (own - scale * plain).abs().max() <= rounding * own.abs().max()
     return scale if agrees else None
+
+
+def _is_of_positions(module: nn.Embedding, tokens: Tensor | None) -> bool:
+    """Whether an embedding looks up one row for each token's place, whatever the batch's rows."""
+    return (type(module).forward is nn.Embedding.forward and tokens is not None
+            and tokens.dim() == 2 and len(tokens) == 1)
 
 
 def _first_rows(module: nn.Embedding, rows: int) -> nn.Embedding:

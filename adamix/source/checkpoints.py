@@ -19,7 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
           "tokenizer.model", "chat_template.jinja", "chat_template.json",
-          "preprocessor_config.json")
+          "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 SAMPLE_BYTES = 64 * 1024
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -84,6 +84,11 @@ class Checkpoint:
         """One tensor, as stored."""
         with self._open(self._file_of[name]) as reader:
             return reader.get_tensor(name)
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """One slice of a tensor along its first dimension, without reading the others."""
+        with self._open(self._file_of[name]) as reader:
+            return reader.get_slice(name)[index : index + 1][0]
 
     def copied_hash(self) -> str:
         """SHA-256 of its configuration and tokenizer: the files of `COPIED` that it has."""

@@ -28,7 +28,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32
         CheckpointError: it cannot be loaded.
     """
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        kind = _kind_of(transformers.AutoConfig.from_pretrained(folder))
+        model = kind.from_pretrained(folder, dtype=dtype)
     except MODEL_FAULTS as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason(error)}") from error
     return model.eval()
@@ -43,7 +44,7 @@ def empty_model(folder: str | Path) -> transformers.PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            return _kind_of(config).from_config(config)
     except MODEL_FAULTS as error:
         raise CheckpointError(
             f"{folder}: transformers cannot build this model: {reason(error)}") from error
@@ -61,11 +62,19 @@ def skeleton(folder: str | Path) -> transformers.PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         with _parameters_on_meta():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = _kind_of(config).from_config(config, dtype=torch.float32)
     except MODEL_FAULTS as error:
         raise CheckpointError(
             f"{folder}: transformers cannot build this model: {reason(error)}") from error
     return model.eval()
+
+
+def _kind_of(config: transformers.PretrainedConfig) -> type:
+    """transformers' class for models of text, or of images and text where it has no other."""
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    of_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (transformers.AutoModelForImageTextToText if of_images and not known
+            else transformers.AutoModelForCausalLM)
 
 
 @contextmanager

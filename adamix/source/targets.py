@@ -4,30 +4,30 @@
     ---------------------------------------------------  -----------------------------------------
     the head of a model that ties it to its embedding    TIED: the embedding's
     equal to the base                                    EQUAL: nothing stored
-    weight of an nn.Linear, the output head included     LINEAR: compressed
+    weight of a linear layer, the output head included   LINEAR: compressed
     input embedding                                      EMBEDDING: compressed, rows by frequency
-    norms, biases, anything else                         WHOLE: the fine-tune's own values
+    norms, biases, anything else, what the user wants    WHOLE: the fine-tune's own values
 
-A vocabulary that grew: the shared rows as above, the rows beyond them whole.
+A vocabulary that grew: the shared rows as above, the rows beyond them whole. A tensor
+`[experts, .., ..]` of linear layers: each expert's slice by itself, unless all are equal. Conv1D's
+weights, and some experts', are stored `[in, out]`; their deltas are `[out, in]` as all others.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from adamix.artifacts import WeightPair
+from adamix.artifacts import SMALL, WeightPair
 from adamix.errors import MismatchError, NonFiniteError
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint, Fingerprint
-
-SMALL = 32  # a matrix with a side below this is kept whole: its scales would outweigh its codes
 
 
 class Treatment(Enum):
@@ -47,6 +47,14 @@ class Target:
     shape: tuple[int, ...]  # of the part that both checkpoints have
     dtype: torch.dtype
     extra_rows: int = 0  # rows beyond the base's vocabulary
+    transposed: bool = False  # stored [in, out], while `shape` is [out, in]
+    stack: str | None = None  # the tensor [experts, ..] that holds it; the name ends in its index
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """It, as stored."""
+        if self.stack is None:
+            return checkpoint.read(self.name)
+        return checkpoint.read_slice(self.stack, int(self.name.rpartition(".")[2]))
 
     @property
     def numel(self) -> int:
@@ -98,6 +106,7 @@ def check_pair(base: Checkpoint, finetuned: Checkpoint, architecture: Architectu
     if not any(name in base for name in finetuned.names):
         raise MismatchError(f"no tensor of {finetuned.source} has a name of {base.source}")
     missing = [name for name in sorted(architecture.linears) if name not in finetuned
+               and name.rpartition(".")[0] not in architecture.stacks
                and not (name == architecture.head and architecture.tied)]
     if missing:
         raise MismatchError(
@@ -133,25 +142,31 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> WeightPair:
-    """Both sides of a target, the fine-tune's without the rows that the base lacks."""
-    rows = target.shape[0] if target.shape else None
-    tensor = finetuned.read(target.name)
-    return WeightPair(target.name, base.read(target.name),
-                      tensor[:rows] if target.extra_rows else tensor)
+    """Both sides of a target, `[out, in]` where it is a linear layer's; the fine-tune's without the
+    rows that the base lacks."""
+    sides = target.read(base), target.read(finetuned)
+    if target.extra_rows:
+        sides = sides[0], sides[1][: target.shape[0]]
+    if target.transposed:
+        sides = sides[0].T, sides[1].T
+    return WeightPair(target.name, *sides)
 
 
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
-           compress_embeddings: bool = True,
+           compress_embeddings: bool = True, compress_vision: bool = True,
            on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
     """Read every tensor of both once: compare, look for NaN and Inf, hash, decide.
 
     Args:
         compress_embeddings: False keeps the embedding and the head whole.
+        compress_vision: False keeps whole what is outside of the language model.
         on_tensor: called with each name before it is read.
 
     Raises:
         NonFiniteError: a weight is NaN or Inf.
     """
+    whole = {architecture.embedding, architecture.head} if not compress_embeddings else set()
+    whole |= set() if compress_vision else architecture.outside
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
     for name in sorted({*base.names, *finetuned.names}):
         on_tensor(name)
@@ -163,7 +178,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
             fingerprints[1].add(name, tensor)
             for side, values in (("base", base_tensor), ("fine-tune", tensor)):
                 _check_finite(name, side, values)
-            targets.append(_decide(name, base_tensor, tensor, architecture, compress_embeddings))
+            targets += _decide_all(name, base_tensor, tensor, architecture, whole)
     absent = [name for name in base.names if name not in finetuned]
     return Survey(targets, fingerprints[0].result(), fingerprints[1].result(), absent)
 
@@ -173,10 +188,21 @@ def _check_finite(name: str, side: str, values: Tensor | None) -> None:
         raise NonFiniteError(f"{name} of the {side} holds NaN or Inf")
 
 
+def _decide_all(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
+                whole: Collection[str]) -> list[Target]:
+    """The target that a tensor is, or those that its experts are."""
+    target = _decide(name, base, tensor, architecture, whole)
+    if (name not in architecture.stacks or target.treatment is not Treatment.WHOLE or base is None
+            or not tensor.is_floating_point() or min(tensor.shape[1:]) < SMALL):
+        return [target]
+    slices = [_decide(f"{name}.{i}", *pair, architecture, whole)
+              for i, pair in enumerate(zip(base, tensor, strict=True))]
+    return [replace(part, stack=name) for part in slices]
+
+
 def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
-            compress_embeddings: bool) -> Target:
+            whole: Collection[str]) -> Target:
     shape = tuple(tensor.shape)
-    is_vocabulary = name in (architecture.embedding, architecture.head)
     if architecture.tied and name == architecture.head:
         return Target(name, Treatment.TIED, shape, tensor.dtype)
     if base is None:
@@ -186,7 +212,7 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
     shared = tensor[: shape[0]] if extra_rows else tensor
     if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
         treatment = Treatment.EQUAL
-    elif is_vocabulary and not compress_embeddings:
+    elif name in whole:
         treatment = Treatment.WHOLE
     elif len(shape) != 2 or min(shape) < SMALL or not tensor.is_floating_point():
         treatment = Treatment.WHOLE
@@ -198,4 +224,6 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
         treatment = Treatment.WHOLE
     if treatment is Treatment.WHOLE:
         return Target(name, treatment, tuple(tensor.shape), tensor.dtype)
-    return Target(name, treatment, shape, tensor.dtype, extra_rows)
+    transposed = treatment is Treatment.LINEAR and name in architecture.transposed
+    return Target(name, treatment, shape[::-1] if transposed else shape, tensor.dtype, extra_rows,
+                  transposed)

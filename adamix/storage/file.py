@@ -10,7 +10,9 @@
                                rows:N    [rows, hidden]        what the base's vocabulary N lacks
     delta_config.json        what it is: versions, base and its fingerprint, config, calibration,
                              and what became of each tensor; K is a name with its numbers as "*",
-                             which stand beside it as "0-27"
+                             which stand beside it as "0-27"; kinds in "transposed" (format 2,
+                             all others are format 1) are [in, out] in a checkpoint; a K that ends
+                             in "*" has the slices, one an expert, of a tensor [experts, ..]
     compression_log.csv      a row a matrix (not needed to load)
     spectra.safetensors      singular values and simulated errors (not needed to load)
     calibration.safetensors  the token ids that calibrated (not needed to load)
@@ -44,6 +46,7 @@ from adamix.storage.tensors import save_tensors
 
 FORMAT = "adamix"
 FORMAT_VERSION = 1
+TRANSPOSED_VERSION = 2  # of a folder with matrices that checkpoints hold transposed; else as before
 DELTA_FILE = "delta.safetensors"
 INDEX_FILE = "delta.safetensors.index.json"
 CONFIG_FILE = "delta_config.json"
@@ -144,7 +147,8 @@ def header_bytes(shapes: dict[str, tuple[int, ...]], data_bytes: int) -> int:
 
 def manifest_text(manifest: Manifest) -> str:
     """`delta_config.json`, to the byte."""
-    body = {"format": FORMAT, "format_version": FORMAT_VERSION,
+    version = TRANSPOSED_VERSION if manifest.transposed else FORMAT_VERSION
+    body = {"format": FORMAT, "format_version": version,
             "layout_version": ops.LAYOUT_VERSION} | manifest.to_dict()
     return _outline(body) + "\n"
 
@@ -198,7 +202,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise DeltaFileError(f"{path} is not an adamix delta: its format is "
                              f"{body.get('format') if isinstance(body, dict) else body!r}")
-    for key, ours in (("format_version", FORMAT_VERSION), ("layout_version", ops.LAYOUT_VERSION)):
+    version = TRANSPOSED_VERSION if body.get("transposed") else FORMAT_VERSION
+    for key, ours in (("format_version", version), ("layout_version", ops.LAYOUT_VERSION)):
         if body.get(key) != ours:
             raise DeltaFileError(f"{path} has {key} {body.get(key)}, this adamix reads {ours}: "
                                  f"compress again or install the matching adamix")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +20,10 @@ from adamix.storage.tensors import save_tensors
 LOG_FILE = "compression_log.csv"
 SPECTRA_FILE = "spectra.safetensors"
 TOKENS_FILE = "calibration.safetensors"
+# Which Gram matrix a matrix was compressed by.
+OWN = "own"  # that of its own inputs
+LAYER = "layer"  # an expert's that saw too few tokens: that of all experts of its layer
+IDENTITY = "identity"  # an embedding's, whose inputs are one-hot; a layer's that was never called
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class MatrixRow:
     bits_per_weight: float
     relative_error: float  # of the output, on the calibration inputs
     seconds: float
+    gram: str = OWN  # of what inputs: OWN, LAYER or IDENTITY
 
     @classmethod
-    def of(cls, name: str, packed: PackedDelta, error: float, seconds: float) -> MatrixRow:
+    def of(cls, name: str, packed: PackedDelta, error: float, seconds: float, gram: str = OWN
+           ) -> MatrixRow:
         """The row of one matrix."""
         return cls(name, kind_of(name), *packed.shape, packed.rank, *packed.counts, packed.nbytes,
-                   packed.bits_per_weight, error, seconds)
+                   packed.bits_per_weight, error, seconds, gram)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -67,21 +73,26 @@ class Spectrum:
 
 
 def write_log(folder: Path, rows: list[MatrixRow]) -> None:
-    """Write compression_log.csv."""
+    """Write compression_log.csv; the column `gram` where a row has LAYER."""
+    columns = [field.name for field in fields(MatrixRow)
+               if field.name != "gram" or any(row.gram == LAYER for row in rows)]
     with (folder / LOG_FILE).open("w", newline="") as file:
-        csv.writer(file).writerow([field.name for field in fields(MatrixRow)])
-        _write_rows(file, rows)
+        csv.writer(file).writerow(columns)
+        _write_rows(file, rows, columns)
 
 
 def append_log(folder: Path, row: MatrixRow) -> None:
-    """Add a row to compression_log.csv."""
+    """Add a row to compression_log.csv, in the columns that it has."""
+    with (folder / LOG_FILE).open(newline="") as file:
+        columns = next(csv.reader(file))
     with (folder / LOG_FILE).open("a", newline="") as file:
-        _write_rows(file, [row])
+        _write_rows(file, [row], columns)
 
 
-def _write_rows(file: TextIO, rows: list[MatrixRow]) -> None:
+def _write_rows(file: TextIO, rows: list[MatrixRow], columns: list[str]) -> None:
+    values = ([getattr(row, column) for column in columns] for row in rows)
     csv.writer(file).writerows([f"{value:.6g}" if isinstance(value, float) else value
-                                for value in astuple(row)] for row in rows)
+                                for value in row] for row in values)
 
 
 def read_log(folder: Path) -> list[MatrixRow]:
@@ -94,7 +105,8 @@ def read_log(folder: Path) -> list[MatrixRow]:
     try:
         with (folder / LOG_FILE).open(newline="") as file:
             return [MatrixRow(**{field.name: kinds[str(field.type)](record[field.name])
-                                 for field in fields(MatrixRow)})
+                                 for field in fields(MatrixRow)
+                                 if field.name != "gram" or field.name in record})
                     for record in csv.DictReader(file)]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise DeltaFileError(f"{folder / LOG_FILE} cannot be read: {error}") from error

@@ -269,7 +269,7 @@ class EachTokenDown {
     }
   }
 
-  // Digits of whole panels, zeros behind the last input; adds up the numbers and returns their unit.
+  // Digits of whole panels, zeros behind the last input; sums the numbers, returns their unit.
   __device__ __forceinline__ float load_x(int64_t& sum) {
     const Unit unit = unit_for(max_of_warps(shared_.largest, kEachWarps));
     const int eights = plan_.panels * kPanelCodes / 8;

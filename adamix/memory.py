@@ -17,6 +17,7 @@ from adamix.calibration.gram import CHUNK, MAX_GRAM_BYTES
 from adamix.calibration.sampling import chunk_bytes
 from adamix.compression.matrix import component_bits
 from adamix.config import Config
+from adamix.costs import activation_bytes
 from adamix.errors import CalibrationError, MemoryLimitError
 from adamix.naming import index_of
 
@@ -47,17 +48,28 @@ def matrix_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> in
     return max(hessian, kept + pair + max(decompose, simulate, error))
 
 
+def survey_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Reading both models: the largest pair as stored, what it is compared by, and the masks of a
+    test."""
+    return 12 * max(map(math.prod, shapes), default=0)
+
+
 def check_survey(limit: int, shapes: Iterable[tuple[int, ...]]) -> None:
-    """Refuse a bound that reading a tensor of both models breaks: the pair as stored, what it is
-    compared by, and the masks of a test.
+    """Refuse a bound that reading a tensor of both models breaks.
 
     Raises:
         MemoryLimitError: the sentence says what would do.
     """
-    needed = resident_bytes() + 12 * max(map(math.prod, shapes), default=0)
+    needed = resident_bytes() + survey_bytes(shapes)
     if needed > limit:
         raise MemoryLimitError(f"--max-memory of {limit / 1e9:.2f} GB is too little: reading the "
                                f"largest tensor of both models takes {needed / 1e9:.2f} GB")
+
+
+def sampling_bytes(shapes: Iterable[tuple[int, ...]], threads: int) -> int:
+    """A model that writes its own text, as it is loaded; the text itself comes on top of it."""
+    numels = [math.prod(shape) for shape in shapes]
+    return 4 * sum(numels) + 8 * max(numels) + ARENA_BYTES * (threads + 1)
 
 
 def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: PretrainedConfig,
@@ -67,8 +79,7 @@ def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: Pret
     Raises:
         CalibrationError: none.
     """
-    numels = [math.prod(shape) for shape in shapes]
-    fixed = resident_bytes() + 4 * sum(numels) + 8 * max(numels) + ARENA_BYTES * (threads + 1)
+    fixed = resident_bytes() + sampling_bytes(shapes, threads)
     chunk = chunk_bytes(config, length)
     if fixed + chunk > limit:
         raise CalibrationError(
@@ -112,7 +123,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], linears: Iterable[str], hidden:
     chunk = min(CHUNK, tokens[0]) * tokens[1]
     total = sum(by_block.values()) + sum(outside)
     asked = [shapes[name] for name in linears]
-    activations = 4 * chunk * (2 * max(outputs.values(), default=0) + 8 * hidden)
+    activations = activation_bytes(chunk, max(outputs.values(), default=0), hidden)
     if whole:  # where the head's inputs are asked for, its outputs come too
         activations += 4 * 2 * chunk * max((shape[0] for shape in asked), default=0)
     return Sizes(
@@ -169,3 +180,21 @@ def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: 
     a_chunk = found.activations + gram
     at_a_time = max(1, min(threads, making // 2 // max(a_chunk, 1)))
     return MemoryPlan(free, max(making - at_a_time * a_chunk, 2 * gram), making, at_a_time, on_disk)
+
+
+def unbounded_bytes(found: Sizes, grams: int, largest_job: int, threads: int) -> int:
+    """What calibrating and compressing take together where no bound is given.
+
+    Args:
+        found: what calibrating handles.
+        grams: Gram matrices of the block that has most of them, one of each.
+        largest_job: of `matrix_bytes`.
+        threads: at a time.
+    """
+    gram = 4 * found.widest**2
+    most = MemoryPlan.unbounded(threads).grams
+    making = max(min((threads + 1) * grams, most), 2 * gram)
+    waiting = min(2 * threads, most // max(gram, 1)) * gram + gram
+    at_work = threads * max(largest_job, found.activations + gram)
+    return (found.resident + found.states + making + waiting + at_work
+            + ARENA_BYTES * (threads + 1))

@@ -173,22 +173,42 @@ def _check_finite(name: str, side: str, values: Tensor | None) -> None:
         raise NonFiniteError(f"{name} of the {side} holds NaN or Inf")
 
 
+def presumed_survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
+                    compress_embeddings: bool = True) -> Survey:
+    """What `survey` finds where every tensor of the fine-tune differs; reads headers only."""
+    targets = []
+    for name in finetuned.names:
+        shape, dtype = finetuned.headers[name]
+        base_shape = base.headers[name][0] if name in base else None
+        targets.append(_treat(name, base_shape, shape, dtype, architecture, compress_embeddings))
+    absent = [name for name in base.names if name not in finetuned]
+    unknown = {"sha256": "0" * 64, "sampled": "0" * 64}
+    return Survey(targets, unknown, unknown, absent)
+
+
 def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
             compress_embeddings: bool) -> Target:
-    shape = tuple(tensor.shape)
+    shape, base_shape = tuple(tensor.shape), None if base is None else tuple(base.shape)
+    target = _treat(name, base_shape, shape, tensor.dtype, architecture, compress_embeddings)
+    if base is None or target.treatment is Treatment.TIED:
+        return target
+    extra_rows = shape[0] - base.shape[0] if shape else 0
+    shared = tensor[: base.shape[0]] if extra_rows else tensor
+    if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
+        return Target(name, Treatment.EQUAL, tuple(base.shape), tensor.dtype, extra_rows)
+    return target
+
+
+def _treat(name: str, base: tuple[int, ...] | None, shape: tuple[int, ...], dtype: torch.dtype,
+           architecture: Architecture, compress_embeddings: bool) -> Target:
+    """The row of the table for a tensor that differs, by its shapes in the base (None: it is not
+    there) and in the fine-tune."""
     is_vocabulary = name in (architecture.embedding, architecture.head)
     if architecture.tied and name == architecture.head:
-        return Target(name, Treatment.TIED, shape, tensor.dtype)
-    if base is None:
-        return Target(name, Treatment.WHOLE, shape, tensor.dtype)
-    extra_rows = shape[0] - base.shape[0] if shape else 0
-    shape = tuple(base.shape)
-    shared = tensor[: shape[0]] if extra_rows else tensor
-    if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
-        treatment = Treatment.EQUAL
-    elif is_vocabulary and not compress_embeddings:
+        return Target(name, Treatment.TIED, shape, dtype)
+    if base is None or len(base) != 2 or min(base) < SMALL or not dtype.is_floating_point:
         treatment = Treatment.WHOLE
-    elif len(shape) != 2 or min(shape) < SMALL or not tensor.is_floating_point():
+    elif is_vocabulary and not compress_embeddings:
         treatment = Treatment.WHOLE
     elif name in architecture.linears:
         treatment = Treatment.LINEAR
@@ -197,5 +217,5 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
     else:
         treatment = Treatment.WHOLE
     if treatment is Treatment.WHOLE:
-        return Target(name, treatment, tuple(tensor.shape), tensor.dtype)
-    return Target(name, treatment, shape, tensor.dtype, extra_rows)
+        return Target(name, treatment, shape, dtype)
+    return Target(name, treatment, base, dtype, shape[0] - base[0])

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from adamix import display, reports
 from adamix.arguments import (
+    Allocate,
     AsJson,
     Base,
     Bits,
@@ -107,6 +108,7 @@ def compress(
         help="Error of both factors, or of V alone.")] = None,
     correction: Annotated[bool | None, typer.Option(
         "--correction/--no-correction", help="Solve for U again once V is quantized.")] = None,
+    allocate: Allocate = None,
     solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
     embeddings: Embeddings = None,
@@ -119,7 +121,7 @@ def compress(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
         calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
         decomposition=decomposition, objective=objective, correction=correction, solver=solver,
-        damping=damping, embeddings=embeddings)
+        allocate=allocate, damping=damping, embeddings=embeddings)
     _quiet()
     from adamix.pipeline import compress as run
 
@@ -146,6 +148,7 @@ def estimate(
     threads: Threads = None,
     passes: Passes = None,
     widths: Widths = None,
+    allocate: Allocate = None,
     embeddings: Embeddings = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
@@ -153,7 +156,8 @@ def estimate(
     """Say what `compress` would take: time, memory and size, from headers and configs alone."""
     config = configuration(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
-        calibration_length=length, passes=passes, embeddings=embeddings)
+        calibration_length=length, passes=passes, allocate=allocate,
+        embeddings=embeddings)
     _quiet()
     from adamix.estimation import estimate as run
 

@@ -31,6 +31,11 @@ class Solver(str, Enum):
     cbc = "cbc"
 
 
+class Allocation(str, Enum):
+    matrix = "matrix"
+    model = "model"
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -57,6 +62,9 @@ Threads = Annotated[int | None, typer.Option(
     min=1, help="Matrices at a time; the result is the same [default: all cores].")]
 Passes = Annotated[int | None, typer.Option(help="How often U is quantized.")]
 Widths = Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")]
+Allocate = Annotated[Allocation | None, typer.Option(
+    help="One ratio for every matrix, or one budget for all, spent where it lowers the error most "
+         "(twice the time).")]
 Embeddings = Annotated[bool | None, typer.Option(
     "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")]
 

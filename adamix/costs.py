@@ -88,6 +88,13 @@ def matrix_work(shape: tuple[int, int], budget_bits: int, config: Config) -> Wor
     return work + Work(candidates=candidates)
 
 
+def measuring_work(shape: tuple[int, int]) -> Work:
+    """The energies of a matrix's components, for a budget that is shared out."""
+    out, n = shape
+    small = min(out, n)
+    return Work(products_fp64=2 * out * n * (n + small), eigen=small**3 / 3)  # no eigenvectors
+
+
 def _decomposition(shape: tuple[int, int], candidates: int, config: Config) -> Work:
     out, n = shape
     small = min(out, n)

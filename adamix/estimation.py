@@ -17,12 +17,14 @@ from adamix.budget import Budget, plan_budget
 from adamix.calibration.gram import shared_inputs
 from adamix.calibration.sampling import chunk_bytes
 from adamix.compression.matrix import component_bits
+from adamix.compression.share import SPREAD
 from adamix.config import Config
 from adamix.costs import (
     Work,
     calibration_work,
     hessian_work,
     matrix_work,
+    measuring_work,
     planned_bits,
     planned_rank,
     sampling_chunks,
@@ -42,7 +44,7 @@ from adamix.memory import (
 )
 from adamix.naming import group_by_kind, index_of
 from adamix.parallel import available_cores, workers
-from adamix.pipeline import calibration_origin, manifest_of
+from adamix.pipeline import manifest_of, origin_of
 from adamix.rates import measure
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import Checkpoint
@@ -103,7 +105,7 @@ def estimate(base: str | Path, finetuned: str | Path, config: Config | None = No
     check_pair(*sources, architecture)
     found = presumed_survey(*sources, architecture, compress_embeddings=config.embeddings)
     tokens = _tokens(sources[1], config)
-    origin = calibration_origin(calibration, config) | {"length": tokens[1]}
+    origin = origin_of(calibration, config) | {"length": tokens[1]}
     manifest = manifest_of(sources, found, config, origin)
     budget = plan_budget(found, manifest, config)
     model = empty_model(sources[1].folder).eval()
@@ -178,7 +180,8 @@ class _Run:
         matrices = {t.name: t for t in self.matrices}
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for kind, names in group_by_kind({name: t.shape for name, t in matrices.items()}).items():
-            args = [(matrices[name].shape, self.budget.bits[name], self.config) for name in names]
+            args = [(matrices[name].shape, self._planned(matrices[name]), self.config)
+                    for name in names]
             rank = sum(planned_rank(*arg) for arg in args)
             words = sum(planned_bits(*arg) for arg in args) // 32 - rank
             tensors |= {f"{kind}.words": (torch.int32, (words,)),
@@ -192,6 +195,12 @@ class _Run:
             if t.extra_rows:
                 tensors[f"rows:{t.name}"] = t.dtype, (t.extra_rows, *t.shape[1:])
         return file_bytes(tensors) + len(manifest_text(manifest).encode())
+
+    def _planned(self, target: Target) -> int:
+        """The bits of a matrix; of one budget for all, what an even share of it would be."""
+        bits, shape = self.budget.bits[target.name], target.shape
+        spared = component_bits(shape, 2) - component_bits(shape, 1)
+        return bits if self.config.allocate == "matrix" else bits - spared
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -210,7 +219,8 @@ class _Run:
             stages["calibration tokens"] = (held + sampling_bytes(shapes.values(), self.threads)
                                             + chunks * chunk_bytes(config, length))
         handled = self.sizes()
-        largest = max((matrix_bytes(t.shape, self.budget.bits[t.name], self.config)
+        headroom = SPREAD if self.config.allocate == "model" else 1
+        largest = max((matrix_bytes(t.shape, headroom * self.budget.bits[t.name], self.config)
                        for t in self.matrices), default=0)
         results = sum(self.budget.bits.values()) // 8
         exact = sum(t.numel * t.dtype.itemsize for t in self.found.of(Treatment.WHOLE))
@@ -240,10 +250,18 @@ class _Run:
         seconds = {"read": Work(surveyed=stored).seconds(rates)}
         if self.samples:
             seconds["calibration tokens"] = self._sampling_seconds(rates)
-        groups = [self._group_work(group).seconds(rates) for group in self.groups]
-        total = (sum(groups) + self._calibration_work().seconds(rates)) / self.threads
-        seconds["calibration and compression"] = max(total, *groups, 0.0)
+        if self.config.allocate == "model":
+            seconds["sharing the budget out"] = self._side_by_side(
+                [self._measuring_work(group) for group in self.groups], rates)
+        seconds["calibration and compression"] = self._side_by_side(
+            [self._group_work(group) for group in self.groups], rates)
         return seconds
+
+    def _side_by_side(self, groups: list[Work], rates: Work) -> float:
+        """Calibration and the work on what reads each input, on all threads."""
+        each = [group.seconds(rates) for group in groups]
+        total = (sum(each) + self._calibration_work().seconds(rates)) / self.threads
+        return max(total, *each, 0.0)
 
     def _sampling_seconds(self, rates: Work) -> float:
         names = {*self.architecture.linears, self.architecture.head or ""}
@@ -263,6 +281,11 @@ class _Run:
                                 self.tokens, self.sizes().activations)
 
     def _group_work(self, group: list[Target]) -> Work:
-        parts = [matrix_work(t.shape, self.budget.bits[t.name], self.config) for t in group]
-        H = hessian_work(group[0].shape[1]) if self._is_calibrated(group[0]) else Work()
-        return sum(parts, H)
+        parts = [matrix_work(t.shape, self._planned(t), self.config) for t in group]
+        return sum(parts, self._hessian_work(group))
+
+    def _measuring_work(self, group: list[Target]) -> Work:
+        return sum([measuring_work(t.shape) for t in group], self._hessian_work(group))
+
+    def _hessian_work(self, group: list[Target]) -> Work:
+        return hessian_work(group[0].shape[1]) if self._is_calibrated(group[0]) else Work()

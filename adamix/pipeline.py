@@ -126,16 +126,14 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
                            on_tensor=lambda name: progress.advance())
-        origin = calibration_origin(calibration, config, tokens)
-        manifest = manifest_of(sources, found, config, origin)
+        manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
         work.check(_fingerprint(manifest, found, sources[1]), restart=restart)
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
                 tokens = _own_tokens(work, sources[1], config, threads, max_memory, progress)
-        origin = calibration_origin(calibration, config, tokens)
-        manifest = replace(manifest, calibration=origin)
+        manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, executor, threads,
                         max_memory, progress, seconds)
         matrices = run.matrices(tokens, finished)
@@ -227,8 +225,8 @@ def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, c
                   seed=config.seed, executor=executor, on_chunk=progress.advance)
 
 
-def calibration_origin(calibration: str | Path | Sequence[str] | None, config: Config,
-            tokens: Tensor | None = None) -> dict[str, object]:
+def origin_of(calibration: str | Path | Sequence[str] | None, config: Config,
+              tokens: Tensor | None = None) -> dict[str, object]:
     """Where the calibration comes from; without tokens in the most characters that it can take."""
     label = str(calibration) if isinstance(calibration, (str, Path)) else "strings"
     shape = (config.calibration_sequences, config.calibration_length)

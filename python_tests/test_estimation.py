@@ -60,6 +60,14 @@ def test_a_ratio_is_estimated_within_1_percent(steady, tmp_path, config):
     assert found.ratio == pytest.approx(done.ratio, rel=0.01)
 
 
+def test_one_budget_for_all_matrices_is_estimated_with_its_second_stage(steady, tmp_path):
+    pair, config = compressed_pair(), Config(ratio=4, allocate="model", **QUICK)
+    done = compress(pair.base, pair.finetuned, tmp_path / "d", config, calibration=TEXT, threads=1)
+    found = estimate(pair.base, pair.finetuned, config, calibration=TEXT, threads=1)
+    assert found.bytes == pytest.approx(done.bytes, rel=0.01)
+    assert set(found.seconds) == set(done.seconds) > {"sharing the budget out"}
+
+
 def test_the_shipped_pair_is_estimated_within_1_permille(steady, tmp_path):
     pair = EXAMPLES / "base", EXAMPLES / "finetuned"
     config = Config(ratio=16, **QUICK)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adamix.api import attach
     from adamix.artifacts import ModelDelta, PackedDelta
     from adamix.compression.error import relative_error
+    from adamix.estimation import Estimate, estimate
     from adamix.evaluation import Evaluation, evaluate
     from adamix.inspection import Inspection, inspect
     from adamix.merging import MergeSummary, load, merge
@@ -26,6 +27,7 @@ _HOME = {
     "BankMetrics": "serving.bank",
     "ContinuousBatching": "serving.continuous",
     "DeltaBank": "serving.bank",
+    "Estimate": "estimation",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "MergeSummary": "merging",
@@ -36,6 +38,7 @@ _HOME = {
     "compress": "pipeline",
     "compress_matrix": "pipeline",
     "continuous_batching": "serving.continuous",
+    "estimate": "estimation",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "load": "merging",
@@ -49,6 +52,7 @@ __all__ = [
     "Config",
     "ContinuousBatching",
     "DeltaBank",
+    "Estimate",
     "Evaluation",
     "Inspection",
     "MergeSummary",
@@ -60,6 +64,7 @@ __all__ = [
     "compress",
     "compress_matrix",
     "continuous_batching",
+    "estimate",
     "evaluate",
     "inspect",
     "load",

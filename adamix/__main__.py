@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,37 +11,37 @@ import typer
 from typer.core import TyperGroup
 
 from adamix import display, reports
-from adamix.config import Config
+from adamix.arguments import (
+    Allocate,
+    AsJson,
+    Base,
+    Bits,
+    Calibration,
+    Decomposition,
+    Delta,
+    Dtype,
+    Embeddings,
+    Finetuned,
+    Length,
+    MaxMemory,
+    Objective,
+    Passes,
+    Preset,
+    Ratio,
+    Restart,
+    Sequences,
+    Solver,
+    StartingPoint,
+    Threads,
+    Vision,
+    Widths,
+    configuration,
+    in_bytes,
+)
 from adamix.errors import AdamixError
 from adamix.version import __version__
 
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
-
-
-class Preset(str, Enum):
-    adamix = "adamix"
-    paper = "paper"
-
-
-class Decomposition(str, Enum):
-    output_aware = "output-aware"
-    plain = "plain"
-
-
-class Objective(str, Enum):
-    v_and_u = "v+u"
-    v = "v"
-
-
-class Solver(str, Enum):
-    highs = "highs"
-    cbc = "cbc"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class OneLineErrors(TyperGroup):
@@ -70,15 +69,6 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
                   help="Compress the difference between a fine-tuned model and its base, "
                        "and serve it.")
 
-Base = Annotated[str, typer.Argument(help="Base model: a folder or a Hugging Face name.")]
-Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
-MaxMemory = Annotated[float | None, typer.Option(
-    metavar="GB", help="Memory to keep to; the result is the same [default: no bound].")]
-Restart = Annotated[bool, typer.Option(
-    "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
-
-
 def main() -> None:
     """The console script."""
     app(prog_name="adamix")
@@ -99,22 +89,18 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_show_vers
 @app.command()
 def compress(
     base: Base,
-    finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")],
+    finetuned: Finetuned,
     out: Annotated[Path, typer.Option("--out", "-o", help="Delta folder to write.")],
-    ratio: Annotated[float | None, typer.Option(
-        help="16-bit size over compressed size, everything counted [default: 16].")] = None,
-    bits: Annotated[float | None, typer.Option(
-        help="Bits a weight instead of --ratio.")] = None,
-    preset: Annotated[Preset, typer.Option(help="Where all other options start.")] = Preset.adamix,
-    calibration: Annotated[str | None, typer.Option(
-        help="Text or .jsonl file, or dataset [default: sampled from FINETUNED itself].")] = None,
-    sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")] = None,
+    ratio: Ratio = None,
+    bits: Bits = None,
+    preset: StartingPoint = Preset.adamix,
+    calibration: Calibration = None,
+    sequences: Sequences = None,
+    length: Length = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration's sampling.")] = None,
-    threads: Annotated[int | None, typer.Option(
-        min=1, help="Matrices at a time; the result is the same [default: all cores].")] = None,
-    passes: Annotated[int | None, typer.Option(help="How often U is quantized.")] = None,
-    widths: Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")] = None,
+    threads: Threads = None,
+    passes: Passes = None,
+    widths: Widths = None,
     max_widths: Annotated[int | None, typer.Option(
         help="Different widths in one matrix at most, 0 bits counted.")] = None,
     decomposition: Annotated[Decomposition | None, typer.Option(
@@ -123,40 +109,66 @@ def compress(
         help="Error of both factors, or of V alone.")] = None,
     correction: Annotated[bool | None, typer.Option(
         "--correction/--no-correction", help="Solve for U again once V is quantized.")] = None,
+    allocate: Allocate = None,
     solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
-    embeddings: Annotated[bool | None, typer.Option(
-        "--embeddings/--no-embeddings", help="Compress embedding and head, or not.")] = None,
-    vision: Annotated[bool | None, typer.Option(
-        "--vision/--no-vision", help="Compress a vision tower, or not.")] = None,
+    embeddings: Embeddings = None,
+    vision: Vision = None,
     max_memory: MaxMemory = None,
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress FINETUNED's difference from BASE into a delta folder."""
-    choices = {"ratio": ratio, "bits_per_weight": bits, "calibration_sequences": sequences,
-               "calibration_length": length, "seed": seed, "passes": passes,
-               "bit_widths": _widths(widths), "max_widths": max_widths,
-               "decomposition": decomposition, "objective": objective, "correction": correction,
-               "solver": solver, "damping": damping, "embeddings": embeddings,
-               "vision": vision}
-    given = {name: value.value if isinstance(value, Enum) else value
-             for name, value in choices.items() if value is not None}
-    try:
-        config = Config.preset(preset.value, **given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    config = configuration(
+        preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
+        calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
+        decomposition=decomposition, objective=objective, correction=correction, solver=solver,
+        allocate=allocate, damping=damping, embeddings=embeddings, vision=vision)
     _quiet()
     from adamix.pipeline import compress as run
 
     with reports.kept_work(out), display.shown_progress() as progress:
         summary = run(base, finetuned, out, config, calibration=calibration, threads=threads,
-                      max_memory=None if max_memory is None else int(1e9 * max_memory),
-                      restart=restart, progress=progress)
+                      max_memory=in_bytes(max_memory), restart=restart,
+                      progress=progress)
     if as_json:
         display.show_json(reports.summary_json(summary))
     else:
         reports.show_summary(summary)
+
+
+@app.command()
+def estimate(
+    base: Base,
+    finetuned: Finetuned,
+    ratio: Ratio = None,
+    bits: Bits = None,
+    preset: StartingPoint = Preset.adamix,
+    calibration: Calibration = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    threads: Threads = None,
+    passes: Passes = None,
+    widths: Widths = None,
+    allocate: Allocate = None,
+    embeddings: Embeddings = None,
+    max_memory: MaxMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what `compress` would take: time, memory and size, from headers and configs alone."""
+    config = configuration(
+        preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
+        calibration_length=length, passes=passes, allocate=allocate,
+        embeddings=embeddings)
+    _quiet()
+    from adamix.estimation import estimate as run
+
+    found = run(base, finetuned, config, calibration=calibration, threads=threads,
+                max_memory=in_bytes(max_memory))
+    if as_json:
+        display.show_json(reports.estimate_json(found))
+    else:
+        reports.show_estimate(found)
 
 
 @app.command()
@@ -191,7 +203,7 @@ def inspect(
 @app.command()
 def evaluate(
     base: Base,
-    finetuned: Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")],
+    finetuned: Finetuned,
     delta: Annotated[Path | None, typer.Argument(help="A delta folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(
         help='.jsonl of {"prompt", "answer"}: share of exact answers.')] = None,
@@ -320,13 +332,6 @@ def _quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _widths(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--widths must be numbers like 8,4,3,2, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Config:
         passes: how often U is quantized; from the second pass on V is solved for again before.
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
         solver: the integer program's solver, "highs" or "cbc".
+        allocate: "matrix" gives every matrix the same bits a weight (as the paper does), "model"
+            spends one budget where it lowers the summed output error most.
         embeddings: compress the embedding and `lm_head`; False stores them whole.
         vision: compress what is outside of the language model too: a vision tower and what projects
             its output; False stores it whole. Text calibrates, so nothing is known of its inputs.
@@ -51,6 +53,7 @@ class Config:
     passes: int = 2
     damping: float = 0.01
     solver: Literal["highs", "cbc"] = "highs"
+    allocate: Literal["matrix", "model"] = "matrix"
     embeddings: bool = True
     vision: bool = True
     calibration_sequences: int = 128
@@ -87,6 +90,7 @@ class Config:
         _require("passes", self.passes >= 1, ">= 1", self)
         _require("damping", 0 < self.damping < 1, "in (0, 1)", self)
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
+        _require("allocate", self.allocate in ("matrix", "model"), "'matrix' or 'model'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)
         _require("seed", 0 <= self.seed < 2**63, "in 0..2**63 - 1", self)
         _require("calibration_length", self.calibration_length >= 2, ">= 2", self)

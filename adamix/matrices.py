@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
+from adamix.compression.share import SPREAD, energies, share_out
 from adamix.config import Config
 from adamix.errors import AdamixError, NonFiniteError
 from adamix.memory import MemoryPlan, matrix_bytes, plan_memory, resident_bytes, sizes
@@ -33,7 +34,18 @@ from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, WorkFolder
 
 TITLE = "calibrating and compressing"
+MEASURING = "measuring where the budget is best spent"
+Result = CompressedMatrix | Tensor
+Work = Callable[[WeightPair, Hessian, "Inputs", Tensor | None], Result]
 FREQUENCY_FLOOR = 0.01  # of the mean token frequency: what the row of an unseen token weighs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a matrix is calibrated by."""
+
+    gram: Tensor | None  # None: any input counts alike
+    origin: str  # whose tokens they are, as the log says it
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class MatrixRun:
     max_memory: int | None
     progress: Progress
     seconds: dict[str, float]
+    headroom: int = 1  # times its budget that a matrix may take yet
 
     def matrices(self, tokens: Tensor, finished: dict[str, CompressedMatrix]
                  ) -> dict[str, CompressedMatrix]:
@@ -62,10 +75,28 @@ class MatrixRun:
             tokens: int64 `[sequences, length]`.
             finished: what an earlier run has done.
         """
+        run = self._shared_out(tokens) if self.config.allocate == "model" else self
         done = dict(finished)
+        with timed(self.seconds, "calibration and compression"):
+            run._each(tokens, TITLE, run._compress, done)
+        return {name: done[name] for name in sorted(done)}
+
+    def _shared_out(self, tokens: Tensor) -> MatrixRun:
+        """The same run, with one budget for all matrices spent where it lowers the error most."""
+        spectra = self.work.energies(self.budget_bits)
+        with timed(self.seconds, "sharing the budget out"):
+            # A bound on memory that is too little for what a matrix may get is refused here.
+            roomy = replace(self, headroom=SPREAD)
+            roomy._each(tokens, MEASURING, self._measure, spectra)
+            shapes = {target.name: target.shape for target in self._targets}
+            shares = share_out({name: spectra[name] for name in sorted(spectra)}, shapes,
+                               self.budget_bits, self.config.bit_widths)
+        return replace(self, budget_bits=shares)
+
+    def _each(self, tokens: Tensor, title: str, one: Work, done: dict[str, Result]) -> None:
+        """one(target, H, inputs, row weights) of every target that is not in `done` yet."""
         frequency = token_frequency(tokens, self.architecture.vocabulary)
-        targets = {target.name: target for target in self.found.of(
-            Treatment.LINEAR, Treatment.EMBEDDING) if target.name not in done}
+        targets = {target.name: target for target in self._targets if target.name not in done}
         users = self._users(targets)
         plan = self._plan(tokens, users, targets.values(), whole=False)
         jobs = _Jobs(self.executor, done, plan)
@@ -73,20 +104,22 @@ class MatrixRun:
         def submit(gram: Tensor | None, names: list[str], origin: str = IDENTITY) -> None:
             group = [targets.pop(name) for name in names]
             size = max(map(self._job_bytes, group))
-            jobs.submit(size, self._compress_group, gram, group, frequency, origin)
+            jobs.submit(size, self._group, one, gram, group, frequency, origin)
 
-        self.progress.stage(TITLE, len(targets))
-        with timed(self.seconds, "calibration and compression"):
-            for name in sorted(targets.keys() - {n for names in users.values() for n in names}):
-                submit(None, [name])  # an embedding, whose inputs are one-hot
-            for modules, gram, origin in self._grams(tokens, users, plan, jobs) if users else ():
-                submit(gram, [name for module in modules for name in users[module]], origin)
-                del gram
-                jobs.make_room()
-            for name in list(targets):  # of modules that the model never calls
-                submit(None, [name])
-            jobs.finish()
-        return {name: done[name] for name in sorted(done)}
+        self.progress.stage(title, len(targets))
+        for name in sorted(targets.keys() - {n for names in users.values() for n in names}):
+            submit(None, [name])  # an embedding, whose inputs are one-hot
+        for modules, gram, origin in self._grams(tokens, title, users, plan, jobs) if users else ():
+            submit(gram, [name for module in modules for name in users[module]], origin)
+            del gram
+            jobs.make_room()
+        for name in list(targets):  # of modules that the model never calls
+            submit(None, [name])
+        jobs.finish()
+
+    @property
+    def _targets(self) -> list[Target]:
+        return self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
 
     def _users(self, targets: dict[str, Target]) -> dict[str, list[str]]:
         """{linear layer, or expert's matrix: the targets that its inputs calibrate}: its weight,
@@ -101,7 +134,8 @@ class MatrixRun:
         return users
 
     def _job_bytes(self, target: Target) -> int:
-        return matrix_bytes(target.shape, self.budget_bits[target.name], self.config)
+        bits = self.headroom * self.budget_bits[target.name]
+        return matrix_bytes(target.shape, bits, self.config)
 
     def _plan(self, tokens: Tensor, users: dict[str, list[str]], targets: Collection[Target], *,
               whole: bool) -> MemoryPlan:
@@ -121,8 +155,8 @@ class MatrixRun:
                            max(map(self._job_bytes, targets), default=0), 2 * results + 3 * exact,
                            self.threads)
 
-    def _grams(self, tokens: Tensor, users: dict[str, list[str]], plan: MemoryPlan, jobs: _Jobs
-               ) -> Iterator[tuple[list[str], Tensor, str]]:
+    def _grams(self, tokens: Tensor, title: str, users: dict[str, list[str]], plan: MemoryPlan,
+               jobs: _Jobs) -> Iterator[tuple[list[str], Tensor, str]]:
         """Layers that share an input, with their Gram matrix and its origin: block by block where
         the model's code allows that, else with the whole model in memory."""
         finetuned = self.sources[1]
@@ -137,11 +171,10 @@ class MatrixRun:
                 yield from _by_group(groups, stream.few_tokens, stream.grams(
                     groups, executor=self.executor, threads=plan.threads, max_bytes=plan.grams))
         except Unsuited as why:
-            self.progress.stage(f"{TITLE}, with the whole model in memory ({why})",
+            self.progress.stage(f"{title}, with the whole model in memory ({why})",
                                 sum(map(len, users.values())))
             jobs.finish()
-            targets = self.found.of(Treatment.LINEAR, Treatment.EMBEDDING)
-            jobs.plan = plan = self._plan(tokens, users, targets, whole=True)
+            jobs.plan = plan = self._plan(tokens, users, self._targets, whole=True)
             yield from self._whole_grams(load_model(finetuned.folder), tokens, users.keys(), plan)
 
     def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: Collection[str],
@@ -157,38 +190,47 @@ class MatrixRun:
                                ahead=max(1, min(threads, plan.grams // size - 1)))
             yield from _by_group(groups, experts.few, iter([experts.settle(run, grams, seen)]))
 
-    def _compress_group(self, gram: Tensor | None, targets: list[Target], frequency: Tensor,
-                        origin: str) -> dict[str, CompressedMatrix]:
+    def _group(self, one: Work, gram: Tensor | None, targets: list[Target], frequency: Tensor,
+               origin: str) -> dict[str, Result]:
         """The matrices that read one input, one after the other."""
         n = targets[0].shape[1]
         if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
             gram, origin = None, IDENTITY
         with _named(targets[0].name):
             H = identity(n) if gram is None else hessian(gram, self.config.damping)
-        compressed = {}
+        results = {}
         for target in targets:
-            weights = frequency if target.treatment is Treatment.EMBEDDING else None
+            weights = None
+            if target.treatment is Treatment.EMBEDDING:
+                weights = frequency[: target.shape[0]]
             pair = read_pair(*self.sources, target)
             with _named(target.name):
-                matrix = self._compress_pair(pair, H, gram, weights, origin)
-            self.work.keep(matrix)
-            compressed[target.name] = matrix
+                results[target.name] = one(pair, H, Inputs(gram, origin), weights)
             self.progress.advance()
-        return compressed
+        return results
 
-    def _compress_pair(self, pair: WeightPair, H: Hessian, gram: Tensor | None,
-                       frequency: Tensor | None, origin: str) -> CompressedMatrix:
+    def _measure(self, pair: WeightPair, H: Hessian, inputs: Inputs, weights: Tensor | None
+                 ) -> Tensor:
+        found = energies(pair.delta, H, weights)
+        if not torch.isfinite(found).all():
+            raise NonFiniteError("the energies of its components are not finite")
+        self.work.keep_energies(pair.name, found)
+        return found
+
+    def _compress(self, pair: WeightPair, H: Hessian, inputs: Inputs, weights: Tensor | None
+                  ) -> CompressedMatrix:
         start = time.perf_counter()
-        weights = None if frequency is None else frequency[: pair.base.shape[0]]
         result = quantize_matrix(pair.delta, H, self.config, row_weights=weights,
                                  budget_bits=self.budget_bits[pair.name])
         packed = pack(result.delta)
-        error = relative_error(pair.delta, packed.dequantize(), gram, weights)
+        error = relative_error(pair.delta, packed.dequantize(), inputs.gram, weights)
         if not math.isfinite(error):
             raise NonFiniteError(f"its relative error is {error}")
-        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start, origin)
+        row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start, inputs.origin)
         spectrum = Spectrum(result.singular_values, result.errors, result.widths)
-        return CompressedMatrix(packed, row, spectrum)
+        matrix = CompressedMatrix(packed, row, spectrum)
+        self.work.keep(matrix)
+        return matrix
 
 
 def _by_group(groups: dict[str, list[str]], few_tokens: Collection[str],
@@ -201,15 +243,14 @@ def _by_group(groups: dict[str, list[str]], few_tokens: Collection[str],
 
 
 class _Jobs:
-    """Groups of matrices that are being compressed, and the bytes that they take."""
+    """Groups of matrices that are being worked on, and the bytes that they take."""
 
-    def __init__(self, executor: Executor, done: dict[str, CompressedMatrix], plan: MemoryPlan
-                 ) -> None:
+    def __init__(self, executor: Executor, done: dict[str, Result], plan: MemoryPlan) -> None:
         self.plan = plan
         self._executor, self._done = executor, done
-        self._running: dict[Future[dict[str, CompressedMatrix]], int] = {}
+        self._running: dict[Future[dict[str, Result]], int] = {}
 
-    def submit(self, size: int, compress: Callable[..., dict[str, CompressedMatrix]],
+    def submit(self, size: int, run: Callable[..., dict[str, Result]], one: Work,
                gram: Tensor | None, group: list[Target], frequency: Tensor, origin: str) -> None:
         """Begin a group, which takes `size` bytes, as soon as there is room for it."""
         waiting = 0 if gram is None else gram.nbytes
@@ -217,7 +258,7 @@ class _Jobs:
             size = waiting  # with no bound only what waits counts, so that it does not pile up
         else:
             self._wait(self.plan.free - size - waiting)
-        self._running[self._executor.submit(compress, gram, group, frequency, origin)] = size
+        self._running[self._executor.submit(run, one, gram, group, frequency, origin)] = size
 
     def make_room(self) -> None:
         """Wait until the next inputs can be taken.

@@ -16,7 +16,9 @@ from transformers import PretrainedConfig
 from adamix.calibration.gram import CHUNK, MAX_GRAM_BYTES
 from adamix.calibration.sampling import chunk_bytes
 from adamix.compression.matrix import component_bits
+from adamix.compression.quantize import AT_A_TIME
 from adamix.config import Config
+from adamix.costs import activation_bytes
 from adamix.errors import CalibrationError, MemoryLimitError
 from adamix.naming import index_of
 
@@ -42,22 +44,34 @@ def matrix_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> in
     pair = 2 * 4 * weights + 4 * weights  # both sides (fp32 at most), and their difference
     doubles = 8 * 3 * weights  # ΔW, weighted by rows, and one product of it
     decompose = doubles + 8 * 5 * min(out, n) ** 2
-    simulate = doubles + max(36 * lanes * n, 10 * lanes * n + 28 * lanes * out)
+    columns = 12 * candidates * out + 36 * max(AT_A_TIME, len(config.bit_widths) * out)
+    simulate = doubles + max(36 * lanes * n, 10 * lanes * n + columns)
     error = 8 * 3 * weights + 8 * n * n
     return max(hessian, kept + pair + max(decompose, simulate, error))
 
 
+def survey_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Reading both models: the largest pair as stored, what it is compared by, and the masks of a
+    test."""
+    return 12 * max(map(math.prod, shapes), default=0)
+
+
 def check_survey(limit: int, shapes: Iterable[tuple[int, ...]]) -> None:
-    """Refuse a bound that reading a tensor of both models breaks: the pair as stored, what it is
-    compared by, and the masks of a test.
+    """Refuse a bound that reading a tensor of both models breaks.
 
     Raises:
         MemoryLimitError: the sentence says what would do.
     """
-    needed = resident_bytes() + 12 * max(map(math.prod, shapes), default=0)
+    needed = resident_bytes() + survey_bytes(shapes)
     if needed > limit:
         raise MemoryLimitError(f"--max-memory of {limit / 1e9:.2f} GB is too little: reading the "
                                f"largest tensor of both models takes {needed / 1e9:.2f} GB")
+
+
+def sampling_bytes(shapes: Iterable[tuple[int, ...]], threads: int) -> int:
+    """A model that writes its own text, as it is loaded; the text itself comes on top of it."""
+    numels = [math.prod(shape) for shape in shapes]
+    return 4 * sum(numels) + 8 * max(numels) + ARENA_BYTES * (threads + 1)
 
 
 def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: PretrainedConfig,
@@ -67,8 +81,7 @@ def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: Pret
     Raises:
         CalibrationError: none.
     """
-    numels = [math.prod(shape) for shape in shapes]
-    fixed = resident_bytes() + 4 * sum(numels) + 8 * max(numels) + ARENA_BYTES * (threads + 1)
+    fixed = resident_bytes() + sampling_bytes(shapes, threads)
     chunk = chunk_bytes(config, length)
     if fixed + chunk > limit:
         raise CalibrationError(
@@ -118,7 +131,7 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, in
     chunk = min(CHUNK, tokens[0]) * tokens[1]
     total = sum(by_block.values()) + sum(outside)
     widest = max((shape[1] for shape in asked), default=0)
-    activations = 4 * chunk * (2 * max(outputs.values(), default=0) + 8 * hidden + expert)
+    activations = activation_bytes(chunk, max(outputs.values(), default=0), hidden, expert)
     if whole:  # where the head's inputs are asked for, its outputs come too
         activations += 4 * 2 * chunk * max((shape[0] for shape in asked), default=0)
     return Sizes(
@@ -177,3 +190,21 @@ def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: 
     a_chunk = found.activations + gram
     at_a_time = max(1, min(threads, making // 2 // max(a_chunk, 1)))
     return MemoryPlan(free, max(making - at_a_time * a_chunk, 2 * gram), making, at_a_time, on_disk)
+
+
+def unbounded_bytes(found: Sizes, grams: int, largest_job: int, threads: int) -> int:
+    """What calibrating and compressing take together where no bound is given.
+
+    Args:
+        found: what calibrating handles.
+        grams: Gram matrices of the block that has most of them, one of each.
+        largest_job: of `matrix_bytes`.
+        threads: at a time.
+    """
+    gram = 4 * found.widest**2
+    most = MemoryPlan.unbounded(threads).grams
+    making = max(min((threads + 1) * grams, most), 2 * gram)
+    waiting = min(2 * threads, most // max(gram, 1)) * gram + gram
+    at_work = threads * max(largest_job, found.activations + gram)
+    return (found.resident + found.states + making + waiting + at_work
+            + ARENA_BYTES * (threads + 1))

@@ -126,14 +126,14 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
             progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
             found = survey(*sources, architecture, compress_embeddings=config.embeddings,
                            compress_vision=config.vision, on_tensor=lambda name: progress.advance())
-        manifest = _manifest(sources, found, config, _origin(calibration, config, tokens))
+        manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
         work.check(_fingerprint(manifest, found, sources[1]), restart=restart)
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
                 tokens = _own_tokens(work, sources[1], config, threads, max_memory, progress)
-        manifest = replace(manifest, calibration=_origin(calibration, config, tokens))
+        manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, executor, threads,
                         max_memory, progress, seconds)
         matrices = run.matrices(tokens, finished)
@@ -186,8 +186,13 @@ def _own_tokens(work: WorkFolder, finetuned: Checkpoint, config: Config, threads
 
 def peak_bytes() -> int:
     """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    try:  # not getrusage: its figure is at least what the process that began this one held then
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _read_tokens(finetuned: Checkpoint, config: Config,
@@ -225,8 +230,8 @@ def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, c
                   seed=config.seed, executor=executor, on_chunk=progress.advance)
 
 
-def _origin(calibration: str | Path | Sequence[str] | None, config: Config,
-            tokens: Tensor | None = None) -> dict[str, object]:
+def origin_of(calibration: str | Path | Sequence[str] | None, config: Config,
+              tokens: Tensor | None = None) -> dict[str, object]:
     """Where the calibration comes from; without tokens in the most characters that it can take."""
     label = str(calibration) if isinstance(calibration, (str, Path)) else "strings"
     shape = (config.calibration_sequences, config.calibration_length)
@@ -235,8 +240,9 @@ def _origin(calibration: str | Path | Sequence[str] | None, config: Config,
             "sha256": "0" * 64 if tokens is None else token_hash(tokens)}
 
 
-def _manifest(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Config,
-              calibration: dict[str, object]) -> Manifest:
+def manifest_of(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Config,
+                calibration: dict[str, object]) -> Manifest:
+    """`delta_config.json` of a compression."""
     matrices = {t.name: t for t in found.of(Treatment.LINEAR, Treatment.EMBEDDING)}
     groups = group_by_kind({name: target.shape for name, target in matrices.items()})
 

@@ -12,6 +12,7 @@ from adamix import display
 from adamix.errors import ResumeError
 
 if TYPE_CHECKING:
+    from adamix.estimation import Estimate
     from adamix.evaluation import Evaluation
     from adamix.inspection import Inspection
     from adamix.pipeline import Summary
@@ -75,6 +76,29 @@ def kept_work(out: Path) -> Iterator[None]:
 def _of_layer(summary: Summary) -> list[MatrixRow]:
     """Experts' matrices that saw too few tokens."""
     return [row for row in summary.rows if row.gram == "layer"]
+
+
+def estimate_json(found: Estimate) -> dict[str, object]:
+    return {"bytes": found.bytes, "bytes_16bit": found.bytes_16bit, "ratio": found.ratio,
+            "kept_whole": found.whole, "matrices": found.matrices, "threads": found.threads,
+            "seconds": found.seconds, "total_seconds": found.total_seconds,
+            "memory": found.memory, "peak_bytes": found.peak_bytes, "gpu_bytes": found.gpu_bytes}
+
+
+def show_estimate(found: Estimate) -> None:
+    size = display.bytes_text
+    stages = ", ".join(f"{stage} {display.seconds_text(spent)}"
+                       for stage, spent in found.seconds.items())
+    fullest = max(found.memory, key=found.memory.__getitem__)
+    gpu = size(found.gpu_bytes) if found.gpu_bytes else "none: compress works on the CPU"
+    display.show_facts([
+        ("size", f"{size(found.bytes)}, everything counted: 1/{found.ratio:.2f} of the "
+                 f"{size(found.bytes_16bit)} that differ if all of the fine-tune does"),
+        *_kept_whole(found.whole),
+        ("time", f"{display.seconds_text(found.total_seconds)} on {found.threads} threads, to a "
+                 f"factor of 2: {stages}"),
+        ("memory", f"{size(found.peak_bytes)} at most, in the stage: {fullest}"),
+        ("GPU memory", gpu)])
 
 
 def _kept_whole(whole: dict[str, int]) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from adamix.calibration.blocks import Unsuited
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.config import Config
 from adamix.naming import read_indices
-from adamix.pipeline import compress, compress_matrix
+from adamix.pipeline import compress, compress_matrix, peak_bytes
 from adamix.progress import Silent
 from adamix.storage.file import delta_bytes, read_delta, read_manifest
 from adamix.storage.log import read_log
@@ -322,3 +322,10 @@ def test_a_layer_that_no_input_reaches_is_compressed_all_the_same(tmp_path):
     change = checkpoint_tensors(finetuned)[after].float() - checkpoint_tensors(base)[after].float()
     lost = (change - delta.matrices[after].dequantize()).square().sum() / change.square().sum()
     assert lost < 0.1
+
+
+def test_the_peak_is_this_processs_own_whatever_began_it():
+    held = torch.ones(2**28)  # 1 GiB
+    script = "import adamix.pipeline as p; print(p.peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert 2**26 < int(done.stdout) < 2**30 <= held.nbytes < peak_bytes()

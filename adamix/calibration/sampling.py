@@ -56,7 +56,7 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
 
 def chunk_rows(config: PretrainedConfig, length: int) -> int:
     """Sequences a chunk: what the cache's bound allows. A fact of the model, not of the machine."""
-    return max(1, min(CHUNK, CACHE_BYTES // _cache_bytes(config, length)))
+    return max(1, min(CHUNK, CACHE_BYTES // cache_bytes(config, length)))
 
 
 def chunk_bytes(config: PretrainedConfig, length: int) -> int:
@@ -64,11 +64,11 @@ def chunk_bytes(config: PretrainedConfig, length: int) -> int:
     layer's, and the logits with what is drawn from them."""
     text = config.get_text_config()
     layers = text.num_hidden_layers
-    cache = _cache_bytes(config, length)
+    cache = cache_bytes(config, length)
     return chunk_rows(config, length) * (cache + 2 * cache // layers + 6 * 4 * text.vocab_size)
 
 
-def _cache_bytes(config: PretrainedConfig, length: int) -> int:
+def cache_bytes(config: PretrainedConfig, length: int) -> int:
     """Keys and values of one sequence, fp32."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from adamix.artifacts import Factors, Hessian, Lanes
-from adamix.compression.quantize import nearest_codes, quantize_rows, search_scales
+from adamix.compression.quantize import (
+    AT_A_TIME,
+    nearest_codes,
+    quantize_rows,
+    search_scales,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,14 @@ def _u_losses(U: Tensor, widths: tuple[int, ...], row_weights: Tensor | None) ->
     columns = U.T.float()
     if row_weights is not None:
         columns = columns / row_weights.sqrt().float()  # back from D^½ U to the U that is stored
-    rank = columns.shape[0]
-    bits = torch.tensor(widths, dtype=torch.int32).repeat_interleave(rank)
+    # All columns at all widths would be the largest array of a compression, by far.
+    rows = max(1, AT_A_TIME // (columns.shape[1] * len(widths)))
+    return torch.cat([_lost_shares(part, widths, weights) for part in columns.split(rows)])
+
+
+def _lost_shares(columns: Tensor, widths: tuple[int, ...], weights: Tensor | None) -> Tensor:
+    count = columns.shape[0]
+    bits = torch.tensor(widths, dtype=torch.int32).repeat_interleave(count)
     columns = columns.repeat(len(widths), 1)
     scales = search_scales(columns, bits, weights)
     levels = 2.0 * nearest_codes(columns, bits, scales) - (2.0 ** bits.float() - 1.0)[:, None]
@@ -74,4 +85,4 @@ def _u_losses(U: Tensor, widths: tuple[int, ...], row_weights: Tensor | None) ->
     if weights is not None:
         lost, kept = lost * weights, kept * weights
     rho = lost.double().sum(dim=1) / kept.double().sum(dim=1)
-    return rho.view(len(widths), rank).T
+    return rho.view(len(widths), count).T

@@ -165,8 +165,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     Raises:
         NonFiniteError: a weight is NaN or Inf.
     """
-    whole = {architecture.embedding, architecture.head} if not compress_embeddings else set()
-    whole |= set() if compress_vision else architecture.outside
+    whole = _kept_whole(architecture, compress_embeddings, compress_vision)
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
     for name in sorted({*base.names, *finetuned.names}):
         on_tensor(name)
@@ -178,7 +177,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
             fingerprints[1].add(name, tensor)
             for side, values in (("base", base_tensor), ("fine-tune", tensor)):
                 _check_finite(name, side, values)
-            targets += _decide_all(name, base_tensor, tensor, architecture, whole)
+            targets += _decide(name, base_tensor, tensor, architecture, whole)
     absent = [name for name in base.names if name not in finetuned]
     return Survey(targets, fingerprints[0].result(), fingerprints[1].result(), absent)
 
@@ -188,33 +187,65 @@ def _check_finite(name: str, side: str, values: Tensor | None) -> None:
         raise NonFiniteError(f"{name} of the {side} holds NaN or Inf")
 
 
-def _decide_all(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
-                whole: Collection[str]) -> list[Target]:
-    """The target that a tensor is, or those that its experts are."""
-    target = _decide(name, base, tensor, architecture, whole)
-    if (name not in architecture.stacks or target.treatment is not Treatment.WHOLE or base is None
-            or not tensor.is_floating_point() or min(tensor.shape[1:]) < SMALL):
-        return [target]
-    slices = [_decide(f"{name}.{i}", *pair, architecture, whole)
-              for i, pair in enumerate(zip(base, tensor, strict=True))]
-    return [replace(part, stack=name) for part in slices]
+def presumed_survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
+                    compress_embeddings: bool = True, compress_vision: bool = True) -> Survey:
+    """What `survey` finds where every tensor of the fine-tune differs; reads headers only."""
+    whole = _kept_whole(architecture, compress_embeddings, compress_vision)
+    targets = []
+    for name in finetuned.names:
+        shape, dtype = finetuned.headers[name]
+        base_shape = base.headers[name][0] if name in base else None
+        targets += _treat(name, base_shape, shape, dtype, architecture, whole)
+    absent = [name for name in base.names if name not in finetuned]
+    unknown = {"sha256": "0" * 64, "sampled": "0" * 64}
+    return Survey(targets, unknown, unknown, absent)
+
+
+def _kept_whole(architecture: Architecture, compress_embeddings: bool, compress_vision: bool
+                ) -> set[str]:
+    vocabulary = {architecture.embedding or "", architecture.head or ""}
+    return ((set() if compress_embeddings else vocabulary)
+            | (set() if compress_vision else set(architecture.outside)))
 
 
 def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Architecture,
-            whole: Collection[str]) -> Target:
-    shape = tuple(tensor.shape)
+            whole: Collection[str]) -> list[Target]:
+    """The target that a tensor is, or those that its experts are."""
+    targets = _treat(name, None if base is None else tuple(base.shape), tuple(tensor.shape),
+                     tensor.dtype, architecture, whole)
+    if base is None or targets[0].treatment is Treatment.TIED:
+        return targets
+    extra_rows = tensor.shape[0] - base.shape[0] if tensor.dim() else 0
+    if _equal(base, tensor[: base.shape[0]] if extra_rows else tensor):
+        return [Target(name, Treatment.EQUAL, tuple(base.shape), tensor.dtype, extra_rows)]
+    if targets[0].stack is None:
+        return targets
+    return [replace(target, treatment=Treatment.EQUAL) if _equal(*pair) else target
+            for target, *pair in zip(targets, base, tensor, strict=True)]
+
+
+def _equal(base: Tensor, tensor: Tensor) -> bool:
+    return torch.equal(tensor, base.to(tensor.dtype)) and torch.equal(tensor.to(base.dtype), base)
+
+
+def _treat(name: str, base: tuple[int, ...] | None, shape: tuple[int, ...], dtype: torch.dtype,
+           architecture: Architecture, whole: Collection[str]) -> list[Target]:
+    """The row of the table for a tensor that differs, or for each of its experts, by its shapes in
+    the base (None: it is not there) and in the fine-tune."""
+    if (base is not None and name in architecture.stacks and name not in whole
+            and dtype.is_floating_point and min(shape[1:]) >= SMALL):
+        parts = [_treat_one(f"{name}.{i}", base[1:], shape[1:], dtype, architecture, whole)
+                 for i in range(shape[0])]
+        return [replace(part, stack=name) for part in parts]
+    return [_treat_one(name, base, shape, dtype, architecture, whole)]
+
+
+def _treat_one(name: str, base: tuple[int, ...] | None, shape: tuple[int, ...],
+               dtype: torch.dtype, architecture: Architecture, whole: Collection[str]) -> Target:
     if architecture.tied and name == architecture.head:
-        return Target(name, Treatment.TIED, shape, tensor.dtype)
-    if base is None:
-        return Target(name, Treatment.WHOLE, shape, tensor.dtype)
-    extra_rows = shape[0] - base.shape[0] if shape else 0
-    shape = tuple(base.shape)
-    shared = tensor[: shape[0]] if extra_rows else tensor
-    if torch.equal(shared, base.to(shared.dtype)) and torch.equal(shared.to(base.dtype), base):
-        treatment = Treatment.EQUAL
-    elif name in whole:
-        treatment = Treatment.WHOLE
-    elif len(shape) != 2 or min(shape) < SMALL or not tensor.is_floating_point():
+        return Target(name, Treatment.TIED, shape, dtype)
+    small = base is None or len(base) != 2 or min(base) < SMALL
+    if small or name in whole or not dtype.is_floating_point:
         treatment = Treatment.WHOLE
     elif name in architecture.linears:
         treatment = Treatment.LINEAR
@@ -223,7 +254,7 @@ def _decide(name: str, base: Tensor | None, tensor: Tensor, architecture: Archit
     else:
         treatment = Treatment.WHOLE
     if treatment is Treatment.WHOLE:
-        return Target(name, treatment, tuple(tensor.shape), tensor.dtype)
+        return Target(name, treatment, shape, dtype)
     transposed = treatment is Treatment.LINEAR and name in architecture.transposed
-    return Target(name, treatment, shape[::-1] if transposed else shape, tensor.dtype, extra_rows,
+    return Target(name, treatment, base[::-1] if transposed else base, dtype, shape[0] - base[0],
                   transposed)

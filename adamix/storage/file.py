@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ DELTA_FILE = "delta.safetensors"
 INDEX_FILE = "delta.safetensors.index.json"
 CONFIG_FILE = "delta_config.json"
 SHARD_BYTES = 5 * 10**9
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
+               torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
+               torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # as safetensors has them
 METADATA = {"format": FORMAT}  # one key: safetensors writes several in no fixed order
 
 
@@ -138,9 +142,22 @@ def delta_tensors(delta: ModelDelta) -> dict[str, Tensor]:
 def header_bytes(shapes: dict[str, tuple[int, ...]], data_bytes: int) -> int:
     """An upper bound of a safetensors header for tensors of these shapes, `data_bytes` in all."""
     last = 10 ** len(str(data_bytes)) - 1
+    return _header_length({name: ("BF16_", shape, (last, last)) for name, shape in shapes.items()})
+
+
+def file_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """A safetensors file of tensors with these dtypes and shapes."""
+    entries, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = DTYPE_NAMES[dtype], shape, (begin, end)
+    return _header_length(entries) + end
+
+
+def _header_length(entries: dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]) -> int:
     header: dict[str, object] = {"__metadata__": METADATA}
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16_", "shape": shape, "data_offsets": [last, last]}
+    for name, (dtype, shape, offsets) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return 8 + -(-len(text.encode()) // 8) * 8
 

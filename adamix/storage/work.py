@@ -5,6 +5,7 @@
                                that process dies, however it dies
       fingerprint.json         what the work belongs to: models, config, calibration, versions
       calibration.safetensors  token ids that were sampled, with their hash
+      energies/N.safetensors   of a matrix N, where one budget is shared out among all
       matrices/N.safetensors   a finished matrix N: packed delta, spectrum, and its row of the log
       compression_log.csv      a row a finished matrix, in the order in which they were finished
       scratch/                 hidden states that do not fit the memory; of no use to another run
@@ -49,11 +50,12 @@ from adamix.storage.tensors import save_tensors
 
 LOCK_FILE = "lock"
 FINGERPRINT_FILE = "fingerprint.json"
+ENERGIES = "energies"
 MATRICES = "matrices"
 RESULT = "delta"
 SCRATCH = "scratch"
 TEMPORARY = ".new"
-OURS = {LOCK_FILE, FINGERPRINT_FILE, TOKENS_FILE, LOG_FILE, MATRICES, RESULT, SCRATCH}
+OURS = {LOCK_FILE, FINGERPRINT_FILE, TOKENS_FILE, LOG_FILE, ENERGIES, MATRICES, RESULT, SCRATCH}
 NAMED = 3  # differences that a refusal names at most
 # Faults of the input itself: the same command would meet them again, and another input has another
 # fingerprint, so what was finished before them is of no use.
@@ -116,7 +118,7 @@ class WorkFolder:
     def _clear(self) -> None:
         for name in (FINGERPRINT_FILE, TOKENS_FILE, LOG_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for name in (MATRICES, RESULT, SCRATCH):
+        for name in (ENERGIES, MATRICES, RESULT, SCRATCH):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def tokens(self) -> tuple[Tensor, str] | None:
@@ -136,7 +138,7 @@ class WorkFolder:
         """Those of `names` that are finished; the log is written anew with their rows."""
         finished = {}
         for name in names:
-            matrix = _read_matrix(self._file_of(name))
+            matrix = _read_matrix(self._file_of(MATRICES, name))
             if matrix is not None:
                 finished[name] = matrix
         write_log(self.path, [matrix.row for matrix in finished.values()])
@@ -144,19 +146,37 @@ class WorkFolder:
 
     def keep(self, matrix: CompressedMatrix) -> None:
         """A matrix is finished. May be called from several threads."""
-        file = self._file_of(matrix.row.name)
+        file = self._file_of(MATRICES, matrix.row.name)
         file.parent.mkdir(exist_ok=True)
         _atomically(file, lambda path: _write_matrix(matrix, path))
         with self._log:
             append_log(self.path, matrix.row)
 
-    def _file_of(self, name: str) -> Path:
-        return self.path / MATRICES / f"{quote(name, safe='')}.safetensors"
+    def energies(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What `keep_energies` got of those of `names` for which it did."""
+        found = {}
+        for name in names:
+            try:
+                with safe_open(self._file_of(ENERGIES, name), framework="pt") as reader:
+                    found[name] = reader.get_tensor(ENERGIES).clone()
+            except (OSError, SafetensorError):
+                pass
+        return found
+
+    def keep_energies(self, name: str, energies: Tensor) -> None:
+        """The output energies of a matrix's components are known. From any thread."""
+        file = self._file_of(ENERGIES, name)
+        file.parent.mkdir(exist_ok=True)
+        _atomically(file, lambda path: save_tensors({ENERGIES: energies}, path))
+
+    def _file_of(self, kind: str, name: str) -> Path:
+        return self.path / kind / f"{quote(name, safe='')}.safetensors"
 
     @property
     def is_worth_keeping(self) -> bool:
         """Whether anything is finished."""
-        return (self.path / TOKENS_FILE).exists() or count_finished(self.out) > 0
+        return ((self.path / TOKENS_FILE).exists() or (self.path / ENERGIES).exists()
+                or count_finished(self.out) > 0)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

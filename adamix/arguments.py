@@ -1,0 +1,95 @@
+"""What several commands take, as typer reads it from their signatures."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adamix.config import Config
+
+
+class Preset(str, Enum):
+    adamix = "adamix"
+    paper = "paper"
+
+
+class Decomposition(str, Enum):
+    output_aware = "output-aware"
+    plain = "plain"
+
+
+class Objective(str, Enum):
+    v_and_u = "v+u"
+    v = "v"
+
+
+class Solver(str, Enum):
+    highs = "highs"
+    cbc = "cbc"
+
+
+class Allocation(str, Enum):
+    matrix = "matrix"
+    model = "model"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Base = Annotated[str, typer.Argument(help="Base model: a folder or a Hugging Face name.")]
+Finetuned = Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")]
+Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
+MaxMemory = Annotated[float | None, typer.Option(
+    metavar="GB", help="Memory to keep to; the result is the same [default: no bound].")]
+Restart = Annotated[bool, typer.Option(
+    "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
+Ratio = Annotated[float | None, typer.Option(
+    help="16-bit size over compressed size, everything counted [default: 16].")]
+Bits = Annotated[float | None, typer.Option(help="Bits a weight instead of --ratio.")]
+StartingPoint = Annotated[Preset, typer.Option(help="The starting point of all other options.")]
+Calibration = Annotated[str | None, typer.Option(
+    help="Text or .jsonl file, or dataset [default: sampled from FINETUNED itself].")]
+Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
+Threads = Annotated[int | None, typer.Option(
+    min=1, help="Matrices at a time; the result is the same [default: all cores].")]
+Passes = Annotated[int | None, typer.Option(help="How often U is quantized.")]
+Widths = Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")]
+Allocate = Annotated[Allocation | None, typer.Option(
+    help="One ratio for every matrix, or one budget for all, spent where it lowers the error most "
+         "(twice the time).")]
+Embeddings = Annotated[bool | None, typer.Option(
+    "--embeddings/--no-embeddings", help="Compress embedding and head, or keep them whole.")]
+
+Vision = Annotated[bool | None, typer.Option(
+    "--vision/--no-vision", help="Compress a vision tower, or keep it whole.")]
+
+
+def configuration(preset: Preset, widths: str | None, **choices: object) -> Config:
+    """The preset with the choices that were made, those that are not None."""
+    choices["bit_widths"] = _widths(widths)
+    given = {name: value.value if isinstance(value, Enum) else value
+             for name, value in choices.items() if value is not None}
+    try:
+        return Config.preset(preset.value, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def in_bytes(gigabytes: float | None) -> int | None:
+    """`--max-memory` as the library takes it."""
+    return None if gigabytes is None else int(1e9 * gigabytes)
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--widths must be numbers like 8,4,3,2, got {text!r}") from None

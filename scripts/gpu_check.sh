@@ -47,7 +47,7 @@ step operators 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_
   python_tests/test_delta_gemm_overloads.py python_tests/test_delta_embedding*.py \
   python_tests/test_add_rows.py python_tests/test_ops_contract.py
 step serving 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_attach.py \
-  python_tests/test_bank.py python_tests/test_continuous.py
+  python_tests/test_bank.py python_tests/test_continuous.py python_tests/test_routed_experts.py
 # Slow, so all of them side by side; SANITIZER_FILTER picks tests, SANITIZER_SECONDS limits each.
 for tool in memcheck racecheck; do
   for test in "$build"/test_*_cuda; do

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rows import ServingRow, append_row, commit
+from rows import FINETUNES, ServingRow, append_row, command_of, commit
 from serving_models import (
     MODELS,
     Sequences,
@@ -36,7 +36,6 @@ from transformers import PreTrainedModel
 import adamix
 from adamix.serving.image import words_of
 
-FINETUNES = (1, 2, 4, 8, 12, 16, 32, 64)
 IMPLS = ("adamix", "base", "LoRA", "separate models")
 DISTINCT = 4  # fine-tunes that are drawn; with more, names share them, each with its own place
 CHECKED_ROWS = 2
@@ -60,7 +59,7 @@ class Bench:
             model_gb=model_bytes(self.base) / GB,
             device=torch.cuda.get_device_name() if self.device == "cuda" else "CPU",
             commit=commit(Path(__file__).parent),
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=command_of(sys.argv),
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"))
 
     def new_model(self, seed: int) -> PreTrainedModel:

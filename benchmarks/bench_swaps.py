@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from rows import commit
+from rows import command_of, commit
 from serving_models import MODELS, Sequences, random_finetune, random_model
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def main() -> None:
     for i, name in enumerate(names):
         bank.load(name, drawn[i % args.drawn])
     print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}, commit "
-          f"{commit(Path(__file__).parent)}: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+          f"{commit(Path(__file__).parent)}: {command_of(sys.argv)}")
     print(f"{len(names)} fine-tunes loaded in {time.perf_counter() - start:.1f} s, "
           f"{len(bank.resident)} of them resident: {bank.nbytes / 1e9:.2f} GB beside "
           f"{sum(p.nbytes for p in model.parameters()) / 1e9:.2f} GB of weights")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rows import CEILING, Row, append_row, check_header, commit, roof_us
+from rows import CEILING, Row, append_row, check_header, command_of, commit, roof_us
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -235,7 +235,7 @@ class Session:
         self.origin = {
             "device": torch.cuda.get_device_name(),
             "commit": commit(Path(__file__).parent),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_of(sys.argv),
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         }
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size

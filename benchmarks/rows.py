@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import re
+import shlex
 import subprocess
 import types
 import typing
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CEILING = "ceiling"  # the op of rows that say what the device can do
+FINETUNES = (1, 2, 4, 8, 12, 16, 32, 64)  # of bench_serving.py, where --finetunes is not given
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,52 @@ class ServingRow:
     command: str = ""
     date: str = ""
 
+    @property
+    def slots(self) -> int:
+        """Places in the bank of adamix: the most fine-tunes of the run."""
+        given = re.search(r"--finetunes((?: +\d+)+)", self.command)
+        return max(map(int, given[1].split()) if given else FINETUNES)
+
+
+@dataclass(frozen=True)
+class CompressionRow:
+    """A stage of the compression of a pair, or of one decoder layer from its Gram matrices on."""
+
+    model: str
+    layers: int
+    scope: str  # "model" or "layer"
+    impl: str  # "adamix" or "straightforward"
+    stage: str  # the row of WHOLE has the figures that are not a stage's
+    seconds: float | None = None
+    measured_s: float | None = None  # where only a share was done: `seconds` is that, scaled up
+    sequences: int | None = None  # that calibrate
+    length: int | None = None
+    preset: str = ""
+    target_ratio: float | None = None  # 16-bit bytes over bytes, as asked for
+    threads: int | None = None
+    host_gb: float | None = None  # the process's peak; files that it maps count in it
+    device_gb: float | None = None  # allocated at most
+    reserved_gb: float | None = None  # and held by torch
+    bytes: int | None = None  # of the delta
+    ratio: float | None = None  # as it came out
+    error: float | None = None  # of the outputs, relative, in the mean of the matrices
+    note: str = ""
+    device: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+
+WHOLE = "whole"  # of a model: from the start of the process to its end, with the file finished
+AnyRow = Row | ServingRow | CompressionRow
+
 
 def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
     """The least time in µs: moving the bytes or doing the arithmetic, whichever takes longer."""
     return max(moved / (copy_gb_per_s * 1e3), flops / (tflop_per_s * 1e6))
 
 
-def append_row(path: Path, row: Row | ServingRow) -> None:
+def append_row(path: Path, row: AnyRow) -> None:
     """Add a row to a CSV file, under a header if the file is new.
 
     Raises:
@@ -111,14 +153,14 @@ def append_row(path: Path, row: Row | ServingRow) -> None:
         writer.writerow([_cell(value) for value in dataclasses.astuple(row)])
 
 
-def check_header(path: Path, kind: type[Row] | type[ServingRow] = Row) -> None:
+def check_header(path: Path, kind: type[AnyRow] = Row) -> None:
     with path.open(newline="") as file:
         header = next(csv.reader(file), [])
     if header != _fields(kind):
         raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
 
 
-RowKind = typing.TypeVar("RowKind", Row, ServingRow)
+RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow)
 
 
 def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]:
@@ -136,7 +178,7 @@ def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]
     return rows
 
 
-def _fields(kind: type[Row] | type[ServingRow]) -> list[str]:
+def _fields(kind: type[AnyRow]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
@@ -147,6 +189,11 @@ def latest(rows: Iterable[Row]) -> dict[tuple[object, ...], Row]:
         if row.us is not None or last.get(row.key) is None or last[row.key].us is None:
             last[row.key] = row
     return last
+
+
+def command_of(arguments: Iterable[str]) -> str:
+    """A program's command line; of paths the last part alone, as folders differ by machine."""
+    return shlex.join(re.sub(r"[^=]*/", "", argument) for argument in arguments)
 
 
 def commit(folder: Path) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from banks import COMPONENT_SIZE, draw_counts, lane_widths
+from made_models import MODELS
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -28,14 +29,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 
-MODELS: dict[str, dict[str, object]] = {
-    "qwen2.5-7b": {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-                   "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                   "num_key_value_heads": 4, "rope_theta": 1e6, "tie_word_embeddings": False},
-    "tiny": {"model_type": "qwen2", "vocab_size": 512, "hidden_size": 256,
-             "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "tie_word_embeddings": False},
-}
 NEW_TOKENS = 96  # of a sequence behind its prompt: as many steps as are timed, and warmed up
 WARM_STEPS = 3
 ATTENTION = "sdpa_by_group"

@@ -178,16 +178,33 @@ def test_the_last_measurement_of_a_key_counts():
     assert row.us == 2.0
 
 
+def test_a_command_names_files_and_no_folders():
+    command = rows.command_of(["/a/bench.py", "--csv", "/b/c/rows.csv", "--csv=../x.csv", "a b"])
+    assert command == "bench.py --csv rows.csv --csv=x.csv 'a b'"
+
+
+def test_the_best_ceilings_of_all_runs_are_told():
+    def copy(name, rate):
+        return rows.Row(rows.CEILING, "2 GiB", None, None, "int32", "", name, us=1.0,
+                        gb_per_s=rate)
+
+    told = tables.ceilings([copy("copy", 2700.0), copy("copy by a kernel", 4243.0),
+                            copy("copy", 4251.0), copy("copy by a kernel", 4100.0)])
+    assert told == "The device's own ceilings (the roof): copy 4.25 TB/s read and written."
+
+
 def test_tables_are_drawn_from_rows():
     text = tables.markdown([
         sample("adamix", 90.0), sample("full weights", 963.0),
         sample("adamix", 300.0, tokens=512, models=1), sample("base GEMM", 600.0, tokens=512,
                                                               models=1),
-        sample("adamix", 4000.0, op="gptq", shape="7168x3584", models=None, tokens=None),
+        *(sample(impl, us, op="gptq", shape="7168x3584", models=None, tokens=None, bits="2..8",
+                 path="by row") for impl, us in (("adamix", 4e3), ("torch loop", 5e5))),
         sample("adamix", 40.0, op="pack", models=None, tokens=None, bits="3")])
-    assert "| 3584 × 18944 | 32 | **90.0** | 75% | 963 (10.7×) |" in text
+    assert "| 3584 × 18944 | 32 | **90.0** | 75 % | 963 (10.7×) |" in text
     assert "| 3584 × 18944 | 1 | 512 | 300 | 600 | 0.50 | 10 |" in text
-    assert "| 7168 × 3584 |" in text and "| pack | 3584 × 18944 | 3000 (75%) |" in text
+    assert "| 7168 × 3584 | by row | 2..8 | 4 | 10.0 | 75 % | 500 (125×) |" in text
+    assert "| `pack` | 3584 × 18944 | 3000 (75 %) |" in text
     assert text.endswith("H200, commit abc, 2026-01-01; `bench.py`")
 
 
@@ -197,6 +214,10 @@ def test_pictures_are_drawn_from_rows(tmp_path):
     some = [sample(impl, us * models, models=models) for impl, us in (("adamix", 3.0),
             ("full weights", 30.0)) for models in (1, 2, 4)]
     some += [sample(impl, 300.0, tokens=512) for impl in ("adamix", "base GEMM")]
+    figure = plot.tokens_figure(some)
+    assert [panel.get_title() for panel in figure.axes] == ["3584 × 18944 (in × out)"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[1.0, 1.0], [1.0]]
+    assert plot.tokens_figure([row for row in some if row.tokens == 1]) is None
     assert [path.name for path in plot.draw(some, tmp_path)] == list(plot.FIGURES)
     assert plot.draw([], tmp_path) == []
 

@@ -100,7 +100,8 @@ def test_a_random_fine_tune_has_its_bits_and_changes_every_layer():
 
 def some_rows():
     plain = rows.ServingRow("m", 4, "bfloat16", 1, "adamix", "CUDA graph", 512, device="D",
-                            commit="c", weights_gb=2.0, peak_gb=3.0, prefill_ms=5.0)
+                            commit="c", peak_gb=3.0, prefill_ms=5.0, date="2026-01-01",
+                            command="bench")
     return [dataclasses.replace(plain, impl=impl, finetunes=count, decode_ms=ms * count,
                                 tokens_per_s=1e3 / ms)
             for impl, ms in (("adamix", 2.0), ("separate models", 9.0)) for count in (1, 4)]
@@ -112,13 +113,31 @@ def test_the_table_compares_with_adamix(tmp_path):
     old = dataclasses.replace(some_rows()[0], decode_ms=99.0)
     out_of_memory = dataclasses.replace(some_rows()[0], impl="LoRA", decode_ms=None)
     lines = plot.markdown(plot.latest([old, out_of_memory, *some_rows()])).splitlines()
-    assert lines[0].startswith("m, 4 layers, a row a fine-tune behind 512 tokens")
-    assert lines[-2:] == ["| 1 | 2.00 | 9.00 (4.50×) | 2.0 |", "| 4 | 8.00 | 36.00 (4.50×) | 2.0 |"]
+    assert lines[0] == "m, 4 layers, a batch of one row a fine-tune, prompts of 512 tokens:"
+    assert lines[-4:] == ["| 1 | 2.00 | 500 | 9.00 (4.50×) | 5 | 3.0 | 3.0 |",
+                          "| 4 | 8.00 | 500 | 36.00 (4.50×) | 5 | 3.0 | 3.0 |", "",
+                          "D, commit c, 2026-01-01; `bench`"]
     for row in some_rows():
         rows.append_row(tmp_path / "rows.csv", row)
     figure = plot.figure_of(plot.latest(some_rows()))
-    assert [panel.get_title() for panel in figure.axes] == list(plot.PANELS.values())
+    assert [panel.get_title() for panel in figure.axes] == list(plot.PANELS)
     assert plot.figure_of(some_rows()[:1]) is None and plot.markdown([]) == "no rows"
+
+
+def test_empty_places_of_a_bank_are_no_memory_of_its_fine_tunes():
+    plot = importlib.import_module("plot_serving")
+    one, four = (dataclasses.replace(row, model_gb=16.0, weights_gb=24.0, peak_gb=25.0,
+                                     command="bench_serving.py --finetunes 1 4 8 --minutes 2")
+                 for row in some_rows()[:2])
+    assert one.slots == 8 and plot.place_gb(one) == 1.0
+    assert (plot.memory_gb(one), plot.memory_gb(four)) == (18.0, 21.0)
+    assert dataclasses.replace(one, command="bench_serving.py --minutes 2").slots == 64
+    separate = dataclasses.replace(one, impl="separate models")
+    assert plot.place_gb(separate) == 0.0 and plot.memory_gb(separate) == 25.0
+    lines = plot.markdown([one, four, dataclasses.replace(four, impl="base", decode_ms=4.0,
+                                                          prefill_ms=4.0)]).splitlines()
+    assert lines[0].endswith("; a fine-tune takes 1.000 GB, 1/16.0 of the model:")
+    assert lines[-3] == "| 4 | 8.00 (+100.0 %) | 500 | 4.00 | 5 (+25 %) | 21.0 |"
 
 
 ARGUMENTS = ["bench_swaps.py", "--model", "tiny", "--device", "cpu", "--resident", "8", "--rows",

@@ -1,0 +1,130 @@
+"""The README's figures are those of the rows in benchmarks/results."""
+
+import csv
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+plot, plot_serving, rows, tables = map(
+    importlib.import_module, ("plot", "plot_serving", "rows", "tables"))
+
+README = (ROOT / "README.md").read_text()
+MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS)
+
+
+def kernels():
+    return list(rows.latest(rows.read_rows([plot.SWEEP_ROWS, plot.TABLE_ROWS])).values())
+
+
+def serving():
+    return plot_serving.latest(rows.read_rows([plot_serving.ROWS], rows.ServingRow))
+
+
+@pytest.mark.parametrize(("command", "text"), [
+    ("plot.py", tables.markdown(plot.table_rows())),
+    ("plot_serving.py", plot_serving.markdown(serving()))])
+def test_the_readme_has_the_tables_of_the_rows(command, text):
+    assert f"python benchmarks/{command} --table " in README
+    assert f"\n\n{text}\n\n" in README, f"paste what benchmarks/{command} --table prints"
+
+
+def test_the_readme_has_the_pictures_and_they_are_there():
+    shown = set(re.findall(r"!\[.*\]\((.*)\)", README))
+    assert {f"benchmarks/results/{name}" for name in (*plot.FIGURES, plot_serving.PICTURE)} <= shown
+    assert all((ROOT / name).is_file() for name in shown)
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
+def test_every_row_says_where_it_is_from_and_no_folder(path):
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert found
+    for row in found:
+        assert all(row[name] for name in ("device", "commit", "command", "date"))
+        assert not any(re.search(r"(^|[\s=])\.*/", cell) for cell in row.values()), row
+
+
+def test_what_the_text_says_of_serving_is_in_the_rows():
+    of = {(row.layers, row.impl, row.finetunes): row for row in serving()}
+
+    def ratio(layers, count, impl="separate models"):
+        return of[layers, impl, count].decode_ms / of[layers, "adamix", count].decode_ms
+
+    eight, separate = of[28, "adamix", 8], of[28, "separate models", 8]
+    prefill = [of[28, "adamix", count].prefill_ms / of[28, "base", count].prefill_ms - 1
+               for layers, impl, count in of if (layers, impl) == (28, "base")]
+    for said in (
+            f"{eight.decode_ms:.2f} ms and {plot_serving.memory_gb(eight):.1f} GB",
+            f"{separate.decode_ms:.2f} ms and {separate.peak_gb:.1f} GB",
+            f"takes {100 / ratio(28, 1, 'base') - 100:.1f} % longer than the base's",
+            f"decoded {ratio(28, 8):.2f} times as fast",
+            f"half the layers {ratio(14, 12):.2f} times",
+            f"Prefill takes {100 * min(prefill):.0f} to {100 * max(prefill):.0f} % longer"):
+        assert said in words(README), said
+    assert f"served {ratio(28, 8):.2f} times as fast" in words((ROOT / "CHANGELOG.md").read_text())
+
+
+def test_what_the_text_says_of_kernels_is_in_the_rows():
+    of = {(row.shape, row.models, row.tokens, row.impl): row.us
+          for row in plot.measured(kernels(), "delta_gemm")}
+    own = [key[:-1] for key in of if key[-1] == "adamix"]
+    over_base = [of[(*key, "adamix")] / of[(*key, "base GEMM")] for key in own
+                 if key[2] in (4, 16, 128) and (*key, "base GEMM") in of]
+    low_rank = [of[(*key, "low rank")] / of[(*key, "adamix")] for key in own
+                if key[1] >= 16 and key[2] == 1 and (*key, "low rank") in of]
+    for said in (
+            f"takes {of['3584x3584', 1, 1, 'adamix']:.2f} µs (target 4)",
+            f"take {of['4096x4096', 32, 1, 'adamix']:.1f} µs (target 30)",
+            f"take {of['3584x3584', 1, 512, 'adamix']:.1f} µs on top of the base's "
+            f"{of['3584x3584', 1, 512, 'base GEMM']:.1f} (",
+            f"up to {max(over_base):.1f} times as long as the base GEMM",
+            f"need {min(low_rank):.1f} to {max(low_rank):.1f} of its time"):
+        assert said in words(README), said
+
+
+def test_what_the_text_says_of_swaps_is_in_the_log():
+    log = (plot.RESULTS / "swaps.txt").read_text()
+    said = words(README)
+    device, commit = re.search(r"^(.*), commit (\w+): bench_swaps.py", log).groups()
+    assert f"`benchmarks/results/swaps.txt`; {device}, commit {commit}" in said
+    tokens = int(re.search(r"^(\d+) tokens, 0 of them wrong; .* True$", log, re.M)[1])
+    assert f"0 wrong tokens of {tokens:,}" in said
+    assert re.search(r"^1000 swaps", log, re.M) and "1,000 swaps" in said
+    assert ", 100 of them resident" in log and "100 fine-tunes resident" in said
+    before, after = re.search(r"before ([\d,]+) bytes, after ([\d,]+)", log).groups()
+    assert before == after and "the memory in use did not change" in said
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("make", [*plot.FIGURES.values(), plot_serving.figure_of],
+                         ids=lambda make: make.__name__)
+def test_no_text_leaves_a_picture_or_lies_on_another(make):
+    figure = make(serving() if make is plot_serving.figure_of else kernels())
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in figure.texts]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    boxes += [box for panel in figure.axes for box in text_boxes(panel)]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0, i
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, i
+        assert not [other for other in boxes[i + 1:] if box.overlaps(other)], i
+
+
+def text_boxes(panel):
+    """Of title, axes' labels and ticks, of what is written into the panel, and of its legend."""
+    low, high = panel.get_xlim(), panel.get_ylim()
+    texts = [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
+    for axis, (least, most) in ((panel.xaxis, low), (panel.yaxis, high)):
+        texts += [label for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels(),
+                                                strict=True) if least <= place <= most]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    return boxes + ([legend.get_window_extent()] if (legend := panel.get_legend()) else [])

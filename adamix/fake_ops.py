@@ -49,6 +49,13 @@ def _(weight: Tensor, hinv: Tensor, bits: Tensor, scales: Tensor, by_row: bool) 
     return weight.new_empty(weight.shape, dtype=torch.uint8)
 
 
+@torch.library.register_fake("adamix::search_scales")
+def _(lanes: Tensor, bits: Tensor, weights: Tensor | None = None) -> Tensor:
+    given = {} if weights is None else {"weights": weights}
+    _one_device("search_scales", lanes=lanes, bits=bits, **given)
+    return lanes.new_empty((lanes.shape[0],))
+
+
 @torch.library.register_fake("adamix::delta_gemm")
 def _(
     x: Tensor,

@@ -68,6 +68,7 @@ __all__ = [
     "gptq",
     "lane_words",
     "pack",
+    "search_scales",
     "u_words",
     "unpack",
     "v_words",
@@ -98,6 +99,20 @@ def gptq(weight: Tensor, hinv: Tensor, bits: Tensor, scales: Tensor, *, by_row: 
     there a width outside 1..8 counts as 1 or 8.
     """
     return torch.ops.adamix.gptq.default(weight, hinv, bits, scales, by_row)
+
+
+def search_scales(lanes: Tensor, bits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One scale a lane, fp32 ``[lanes]``, with the least (weighted) squared rounding error.
+
+    ``lanes`` fp32 ``[lanes, n]``, left as it is; ``bits`` int32 ``[lanes]``, 1..8; ``weights`` fp32
+    ``[n]``, what an entry's squared error costs, None for ones. Of 32 scales in geometric steps,
+    from the one whose top level is the mean magnitude to the one that just reaches the largest
+    entry, the best; then up to 5 times the least-squares scale of the nearest codes, while that is
+    better. Scales are positive and finite, whatever a lane holds: tiny for zeros. A lane's scale
+    depends on no other lane. CUDA's scales are the CPU's on a machine with FMA, bit by bit; there
+    a width outside 1..8 counts as 1 or 8.
+    """
+    return torch.ops.adamix.search_scales.default(lanes, bits, weights)
 
 
 def delta_gemm(

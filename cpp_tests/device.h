@@ -20,6 +20,16 @@ inline bool has_device() {
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
+// Kernels' results are the CPU's, bit by bit, if that one multiplies and adds in one rounding, too.
+// Without it a value on a boundary may fall to the other side, and all behind it feel it.
+inline bool cpu_rounds_once() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
 template <typename T>
 class DeviceArray {
  public:

@@ -14,6 +14,7 @@
 namespace adamix {
 namespace {
 
+using testing::cpu_rounds_once;
 using testing::DeviceArray;
 using testing::has_device;
 using testing::kEmulated;
@@ -21,16 +22,6 @@ using testing::random_normal;
 
 constexpr uint8_t kSentinel = 0xaa;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// The CPU's codes are the same ones if it multiplies and adds in one rounding, too. Without that a
-// value on a boundary may get the other code, and all columns behind it feel it.
-bool cpu_rounds_once() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return true;
-#endif
-}
 
 class GptqCuda : public ::testing::Test {
  protected:

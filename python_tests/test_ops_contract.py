@@ -14,7 +14,7 @@ from adamix import ops
 
 DEVICES = ("cpu", "cuda")
 EMBEDDINGS = ("delta_embedding", "delta_embedding_")
-OPERATORS = ("pack", "unpack", "gptq", *OVERLOADS, *EMBEDDINGS, "add_rows_")
+OPERATORS = ("pack", "unpack", "gptq", "search_scales", *OVERLOADS, *EMBEDDINGS, "add_rows_")
 KEYWORDS = {"delta_embedding": {"dtype": torch.bfloat16}}
 IN, OUT, TOKENS = 40, 35, 6
 OUTS = [OUT, OUT, 20]
@@ -57,6 +57,11 @@ def arguments(operator: str, device: str = "cpu") -> list:
             torch.full((5,), 3, dtype=torch.int32),
             torch.full((5,), 0.3),
             True,
+        ],
+        "search_scales": lambda: [
+            torch.randn(5, 7),
+            torch.arange(3, 8, dtype=torch.int32),
+            torch.rand(7),
         ],
         "delta_gemm": lambda: [torch.randn(TOKENS, IN), *routed(), OUT],
         "delta_gemm_": lambda: [torch.randn(TOKENS, OUT), torch.randn(TOKENS, IN), *routed()],
@@ -153,7 +158,7 @@ def test_fake_kernels_know_the_shapes_and_types():
         assert all(t.is_meta for t in fake)
 
 
-@pytest.mark.parametrize("overload", [*OVERLOADS, *EMBEDDINGS, "gptq", "add_rows_"])
+@pytest.mark.parametrize("overload", [name for name in OPERATORS if "pack" not in name])
 def test_tensors_on_two_devices_are_refused(device, overload):
     """On the CPU by the fake kernel, which torch picks as soon as one tensor is on "meta"."""
     elsewhere = "meta" if device == "cpu" else "cpu"
@@ -167,7 +172,7 @@ def test_tensors_on_two_devices_are_refused(device, overload):
         else:
             continue
         places = (elsewhere, device) if place == first else (device, elsewhere)
-        words = r"^{}: \S+ must be on the device of (x|tokens|weight|values), {}(:0)?, got {}"
+        words = r"^{}: \S+ must be on the device of (x|tokens|weight|lanes|values), {}(:0)?, got {}"
         with pytest.raises(RuntimeError, match=words.format(overload, *places)):
             results(overload, [*args[:place], moved, *args[place + 1 :]])
 

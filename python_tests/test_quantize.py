@@ -14,7 +14,6 @@ from reference import (
     rounding_error,
 )
 
-from adamix.compression import quantize
 from adamix.compression.correct import component_gram
 from adamix.compression.hessian import hessian
 from adamix.compression.quantize import (
@@ -48,18 +47,6 @@ def test_the_scale_is_within_1_percent_of_the_best_scales_error(kind, bits):
     lane = lane_of(kind)
     found = rounding_error(lane, searched(lane, bits), bits)
     assert found <= 1.01 * least_rounding_error(lane, bits)
-
-
-def test_lanes_are_searched_a_few_at_a_time_with_the_same_result(monkeypatch):
-    lanes = torch.randn(50, 96) * torch.arange(1, 51)[:, None]
-    bits, weights = torch.arange(50, dtype=torch.int32) % 8 + 1, torch.rand(96) + 0.1
-    whole, searches = search_scales(lanes, bits, weights), []
-    search = quantize._search_scales
-    monkeypatch.setattr(quantize, "AT_A_TIME", 32 * 96 + 95)
-    monkeypatch.setattr(quantize, "_search_scales",
-                        lambda part, *rest: (searches.append(len(part)), search(part, *rest))[1])
-    torch.testing.assert_close(search_scales(lanes, bits, weights), whole, rtol=1e-6, atol=0)
-    assert searches == [32, 18]
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])

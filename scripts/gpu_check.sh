@@ -45,7 +45,9 @@ done
 step operators 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_bitpack.py \
   python_tests/test_gptq.py python_tests/test_delta_gemm.py \
   python_tests/test_delta_gemm_overloads.py python_tests/test_delta_embedding*.py \
-  python_tests/test_add_rows.py python_tests/test_ops_contract.py
+  python_tests/test_add_rows.py python_tests/test_search_scales.py \
+  python_tests/test_ops_contract.py
+step compression 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_devices.py
 step serving 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_attach.py \
   python_tests/test_bank.py python_tests/test_continuous.py python_tests/test_routed_experts.py
 # Slow, so all of them side by side; SANITIZER_FILTER picks tests, SANITIZER_SECONDS limits each.

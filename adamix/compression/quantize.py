@@ -9,12 +9,6 @@ from adamix import ops
 from adamix.artifacts import Hessian, Lanes
 from adamix.compression.hessian import inverse_upper
 
-# A lane's scale is sought between the one whose top level is the mean magnitude (the best there is
-# at 1 bit, and below the best at any other width) and the one that just reaches the largest entry.
-CANDIDATES = 32
-AT_A_TIME = 2**18  # entries: all that is made of them stays in a core's cache, 15 times as fast
-REFINEMENTS = 5  # alternations of nearest codes and least-squares scale after the search
-
 
 def nearest_codes(lanes: Tensor, bits: Tensor, scales: Tensor) -> Tensor:
     """q = clamp(⌊w / (2 scale)⌋ + 2^(b−1), 0, 2^b − 1) for `[m, n]` lanes; fp32 whole numbers."""
@@ -34,38 +28,7 @@ def search_scales(lanes: Tensor, bits: Tensor, weights: Tensor | None = None) ->
     Returns:
         `[m]` fp32, positive also for a lane of zeros.
     """
-    rows = max(1, AT_A_TIME // max(lanes.shape[1], 1))
-    parts = zip(lanes.split(rows), bits.split(rows), strict=True)
-    return torch.cat([_search_scales(*part, weights) for part in parts])
-
-
-def _search_scales(lanes: Tensor, bits: Tensor, weights: Tensor | None) -> Tensor:
-    top = 2.0 ** bits.float() - 1.0
-    least = torch.finfo(torch.float32).tiny * 2**40
-    widest = lanes.abs().amax(dim=1).clamp_min(least) / top
-    narrowest = torch.minimum(lanes.abs().mean(dim=1).clamp_min(least) / top, widest)
-    best, best_error = widest, torch.full_like(widest, torch.inf)
-    for share in torch.linspace(0.0, 1.0, CANDIDATES).tolist():
-        scales = narrowest * (widest / narrowest) ** share
-        _, error = _fit(lanes, bits, scales, weights)
-        better = error < best_error
-        best, best_error = torch.where(better, scales, best), torch.where(better, error, best_error)
-    for _ in range(REFINEMENTS):
-        fitted, _ = _fit(lanes, bits, best, weights)
-        usable = fitted > 0
-        _, error = _fit(lanes, bits, torch.where(usable, fitted, best), weights)
-        better = usable & (error < best_error)
-        best, best_error = torch.where(better, fitted, best), torch.where(better, error, best_error)
-    return best
-
-
-def _fit(lanes: Tensor, bits: Tensor, scales: Tensor, weights: Tensor | None
-         ) -> tuple[Tensor, Tensor]:
-    """(least-squares scale for the nearest codes, squared error at the given scale)."""
-    levels = 2.0 * nearest_codes(lanes, bits, scales) - (2.0 ** bits.float() - 1.0)[:, None]
-    weighted = levels if weights is None else levels * weights
-    cross, power = (lanes * weighted).sum(dim=1), (levels * weighted).sum(dim=1)
-    return cross / power, power * scales**2 - 2.0 * cross * scales
+    return ops.search_scales(lanes, bits, weights)
 
 
 def quantize_rows(rows: Tensor, bits: Tensor, H: Hessian) -> Lanes:
@@ -98,8 +61,6 @@ def quantize_columns(U: Tensor, bits: Tensor, hessian: Tensor, weights: Tensor |
         Lanes: one lane a column, codes `[rank, out]`.
     """
     columns = U.float().contiguous()
-    scales = search_scales(columns.T.contiguous(), bits,
-                           None if weights is None else weights.float())
-    factor = inverse_upper(torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
-    codes = ops.gptq(columns, factor, bits, scales, by_row=False)
+    scales = search_scales(columns.T, bits, None if weights is None else weights.float())
+    codes = ops.gptq(columns, inverse_upper(hessian), bits, scales, by_row=False)
     return Lanes(codes.T.contiguous(), bits, scales)

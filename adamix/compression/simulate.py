@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamix import ops
 from adamix.artifacts import Factors, Hessian, Lanes
-from adamix.compression.quantize import (
-    AT_A_TIME,
-    nearest_codes,
-    quantize_rows,
-    search_scales,
-)
+from adamix.compression.quantize import nearest_codes, quantize_rows, search_scales
+
+# Entries of U at a time. On the CPU all that is made of them then stays in a core's cache; on a GPU
+# they are enough to keep it busy and few enough for its memory.
+AT_A_TIME = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Simulation:
     def rows_at(self, components: Tensor, bits: Tensor) -> Lanes:
         """The simulated rows of V for the given components, each at the width given for it."""
         rank = self.errors.shape[0]
-        position = {width: k for k, width in enumerate(self.widths)}
-        first = torch.tensor([position[b] * rank for b in bits.tolist()], dtype=torch.long)
-        return self.rows.select(first + components)
+        position = torch.zeros(ops.MAX_BITS + 1, dtype=torch.long)
+        position[list(self.widths)] = rank * torch.arange(len(self.widths))
+        return self.rows.select(position.to(bits.device)[bits.long()] + components)
 
 
 def simulate(factors: Factors, H: Hessian, widths: tuple[int, ...], *, include_u: bool = True,
@@ -48,15 +48,21 @@ def simulate(factors: Factors, H: Hessian, widths: tuple[int, ...], *, include_u
         row_weights: D's diagonal `[out]`; None for ones.
     """
     rank = factors.s.shape[0]
-    bits = torch.tensor(widths, dtype=torch.int32).repeat_interleave(rank)
+    bits = _each(widths, rank, factors.V.device)
     rows = quantize_rows(factors.V.repeat(len(widths), 1), bits, H)
-    lost = factors.V.repeat(len(widths), 1) - rows.dequantize()
     power = factors.s**2
-    errors = power[:, None] * _energy(lost, H).view(len(widths), rank).T
+    lost = (factors.V - rows.select(slice(k * rank, (k + 1) * rank)).dequantize()
+            for k in range(len(widths)))  # one width at a time: they are large
+    errors = power[:, None] * torch.stack([_energy(part, H) for part in lost], dim=1)
     whole = power * _energy(factors.V, H)
     if include_u:
         errors = errors + whole[:, None] * _u_losses(factors.U, widths, row_weights)
     return Simulation(torch.cat([errors, whole[:, None]], dim=1), widths, rows)
+
+
+def _each(widths: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """Every width, `count` times in turn."""
+    return torch.tensor(widths, dtype=torch.int32, device=device).repeat_interleave(count)
 
 
 def _energy(rows: Tensor, H: Hessian) -> Tensor:
@@ -71,13 +77,14 @@ def _u_losses(U: Tensor, widths: tuple[int, ...], row_weights: Tensor | None) ->
     if row_weights is not None:
         columns = columns / row_weights.sqrt().float()  # back from D^½ U to the U that is stored
     # All columns at all widths would be the largest array of a compression, by far.
-    rows = max(1, AT_A_TIME // (columns.shape[1] * len(widths)))
+    copies = len(widths) * columns.shape[1]
+    rows = max(1, AT_A_TIME[columns.device.type] // max(copies, 1))
     return torch.cat([_lost_shares(part, widths, weights) for part in columns.split(rows)])
 
 
 def _lost_shares(columns: Tensor, widths: tuple[int, ...], weights: Tensor | None) -> Tensor:
     count = columns.shape[0]
-    bits = torch.tensor(widths, dtype=torch.int32).repeat_interleave(count)
+    bits = _each(widths, count, columns.device)
     columns = columns.repeat(len(widths), 1)
     scales = search_scales(columns, bits, weights)
     levels = 2.0 * nearest_codes(columns, bits, scales) - (2.0 ** bits.float() - 1.0)[:, None]

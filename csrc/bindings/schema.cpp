@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(adamix, m) {
   // weight fp32 [rows, n], hinv fp32 [n, n], bits int32 and scales fp32 [rows] or [n] -> codes
   // uint8 [rows, n]
   m.def("gptq(Tensor weight, Tensor hinv, Tensor bits, Tensor scales, bool by_row) -> Tensor");
+  // lanes fp32 [lanes, n], bits int32 [lanes], weights fp32 [n] -> scales fp32 [lanes]
+  m.def("search_scales(Tensor lanes, Tensor bits, Tensor? weights=None) -> Tensor");
   // x [tokens, in], arena int32 [words], table int64 [capacity, 11], slots int32 [tokens] ->
   // [tokens, out]; max_rank bounds the components of a slot in use
   m.def(

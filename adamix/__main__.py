@@ -19,6 +19,7 @@ from adamix.arguments import (
     Calibration,
     Decomposition,
     Delta,
+    Device,
     Dtype,
     Embeddings,
     Finetuned,
@@ -114,6 +115,7 @@ def compress(
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
     embeddings: Embeddings = None,
     vision: Vision = None,
+    device: Device = None,
     max_memory: MaxMemory = None,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -129,7 +131,7 @@ def compress(
 
     with reports.kept_work(out), display.shown_progress() as progress:
         summary = run(base, finetuned, out, config, calibration=calibration, threads=threads,
-                      max_memory=in_bytes(max_memory), restart=restart,
+                      device=device, max_memory=in_bytes(max_memory), restart=restart,
                       progress=progress)
     if as_json:
         display.show_json(reports.summary_json(summary))

@@ -47,6 +47,8 @@ Finetuned = Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a 
 Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
 MaxMemory = Annotated[float | None, typer.Option(
     metavar="GB", help="Memory to keep to; the result is the same [default: no bound].")]
+Device = Annotated[str | None, typer.Option(
+    help="cpu, cuda or cuda:N [default: a GPU where there is one].")]
 Restart = Annotated[bool, typer.Option(
     "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
@@ -55,7 +57,8 @@ Ratio = Annotated[float | None, typer.Option(
 Bits = Annotated[float | None, typer.Option(help="Bits a weight instead of --ratio.")]
 StartingPoint = Annotated[Preset, typer.Option(help="The starting point of all other options.")]
 Calibration = Annotated[str | None, typer.Option(
-    help="Text or .jsonl file, or dataset [default: sampled from FINETUNED itself].")]
+    help="Text or .jsonl file, token ids (.npy, .safetensors), or dataset [default: sampled from "
+         "FINETUNED itself].")]
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Threads = Annotated[int | None, typer.Option(

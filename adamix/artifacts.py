@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class WeightPair:
     base: Tensor
     finetuned: Tensor
 
+    def to(self, device: torch.device | str) -> WeightPair:
+        """The pair on a device."""
+        return WeightPair(self.name, self.base.to(device), self.finetuned.to(device))
+
     @property
     def delta(self) -> Tensor:
         """ΔW = W_ft − W_base, in fp32 (exact enough: both operands are 16-bit or fp32)."""
@@ -33,9 +38,13 @@ class Hessian:
     """H = X Xᵀ + λ I of one linear layer's inputs, with the two factors that the method needs."""
 
     matrix: Tensor  # [in, in] fp64
-    lower: Tensor  # [in, in] fp64, H = lower · lowerᵀ
     order: Tensor  # [in] int64: the inputs by falling diagonal of H, as GPTQ takes them
     inverse_upper: Tensor  # [in, in] fp32, H[order, order]⁻¹ = inverse_upperᵀ · inverse_upper
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """`[in, in]` fp64, H = lower · lowerᵀ; made when asked for, as for tall matrices."""
+        return torch.linalg.cholesky(self.matrix)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Lanes:
         """`[lanes, n]` fp64."""
         return self.scales.double()[:, None] * self.levels()
 
-    def select(self, lanes: Tensor) -> Lanes:
+    def select(self, lanes: Tensor | slice) -> Lanes:
         """The lanes at the given indices, in that order."""
         return Lanes(self.codes[lanes], self.bits[lanes], self.scales[lanes])
 
@@ -113,6 +122,10 @@ class PackedDelta:
                 f"{tuple(self.words.shape)} and {tuple(self.scales.shape)}"
             )
 
+    def to(self, device: torch.device | str) -> PackedDelta:
+        """The delta on a device."""
+        return PackedDelta(self.words.to(device), self.scales.to(device), self.counts, self.shape)
+
     @property
     def rank(self) -> int:
         """How many components are kept."""
@@ -136,14 +149,13 @@ class PackedDelta:
     def dequantize(self) -> Tensor:
         """Δ̂ `[out, in]` fp32."""
         out_features, in_features = self.shape
-        words = self.words.cpu()
         v_words = ops.v_words(in_features, self.counts)
-        V_codes = unpack_factor(words[:v_words], self.counts, in_features)
-        U_codes = unpack_factor(words[v_words:], self.counts, out_features)
+        V_codes = unpack_factor(self.words[:v_words], self.counts, in_features)
+        U_codes = unpack_factor(self.words[v_words:], self.counts, out_features)
         widths = [bits for bits, count in self.widths.items() for _ in range(count)]
-        odd = 2.0 ** torch.tensor(widths)[:, None] - 1.0
+        odd = 2.0 ** torch.tensor(widths, device=self.words.device)[:, None] - 1.0
         U, V = 2.0 * U_codes - odd, 2.0 * V_codes - odd
-        return (U * self.scales.cpu()[:, None]).T @ V
+        return (U * self.scales[:, None]).T @ V
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _decomposition(shape: tuple[int, int], candidates: int, config: Config) -> W
         return rows + Work(eigen=3 * small**3, products_fp64=4 * out * n * small)
     if out <= n:
         return rows + Work(eigen=out**3, products_fp64=2 * out * n * n + 2 * out * out * n)
-    return rows + Work(eigen=n**3, products_fp64=6 * out * n * n)
+    return rows + Work(eigen=n**3, products_fp64=4 * out * n * n + 2 * candidates * out * n)
 
 
 def activation_bytes(tokens: int, outputs: int, hidden: int, expert: int = 0) -> int:

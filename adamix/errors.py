@@ -29,6 +29,10 @@ class MemoryLimitError(AdamixError):
     """A bound on memory that not even one matrix at a time keeps."""
 
 
+class DeviceError(AdamixError):
+    """A device that is not here, or that nothing here runs on."""
+
+
 class CalibrationError(AdamixError):
     """A calibration source that gives no usable tokens."""
 

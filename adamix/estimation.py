@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from adamix.budget import Budget, plan_budget
 from adamix.calibration.gram import shared_inputs
 from adamix.calibration.layers import find_layers
 from adamix.calibration.sampling import chunk_bytes
+from adamix.calibration.token_ids import Source, given_ids
 from adamix.compression.matrix import component_bits
 from adamix.compression.share import SPREAD
 from adamix.config import Config
@@ -45,7 +45,7 @@ from adamix.memory import (
 )
 from adamix.naming import group_by_kind, index_of
 from adamix.parallel import available_cores, workers
-from adamix.pipeline import manifest_of, origin_of
+from adamix.pipeline import context_of, manifest_of, origin_of
 from adamix.rates import measure
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import Checkpoint
@@ -84,7 +84,7 @@ class Estimate:
 
 
 def estimate(base: str | Path, finetuned: str | Path, config: Config | None = None, *,
-             calibration: str | Path | Sequence[str] | None = None, threads: int | None = None,
+             calibration: Source | None = None, threads: int | None = None,
              max_memory: int | None = None) -> Estimate:
     """Time, memory and output size of a `compress` with the same arguments, in a few seconds.
 
@@ -94,8 +94,8 @@ def estimate(base: str | Path, finetuned: str | Path, config: Config | None = No
 
     Args:
         base, finetuned, config, threads, max_memory: as in `compress`.
-        calibration: as in `compress`; not read, it counts as `config.calibration_sequences`
-            sequences.
+        calibration: as in `compress`; text is not read, it counts as
+            `config.calibration_sequences` sequences.
 
     Raises:
         AdamixError: a subclass names in one sentence what `compress` would refuse.
@@ -106,8 +106,8 @@ def estimate(base: str | Path, finetuned: str | Path, config: Config | None = No
     check_pair(*sources, architecture)
     found = presumed_survey(*sources, architecture, compress_embeddings=config.embeddings,
                             compress_vision=config.vision)
-    tokens = _tokens(sources[1], config)
-    origin = origin_of(calibration, config) | {"length": tokens[1]}
+    tokens = _tokens(sources[1], config, calibration, architecture.vocabulary)
+    origin = origin_of(calibration, config) | {"sequences": tokens[0], "length": tokens[1]}
     manifest = manifest_of(sources, found, config, origin)
     budget = plan_budget(found, manifest, config)
     model = empty_model(sources[1].folder).eval()
@@ -120,10 +120,14 @@ def estimate(base: str | Path, finetuned: str | Path, config: Config | None = No
         len(budget.bits), run.seconds(), memory, 0, threads)
 
 
-def _tokens(finetuned: Checkpoint, config: Config) -> tuple[int, int]:
+def _tokens(finetuned: Checkpoint, config: Config, calibration: Source | None, vocabulary: int
+            ) -> tuple[int, int]:
     """Sequences and their length."""
-    settings = finetuned.config.get("text_config", finetuned.config)
-    limit = settings.get("max_position_embeddings") if isinstance(settings, dict) else None
+    limit = context_of(finetuned)
+    if calibration is not None:
+        given = given_ids(calibration, vocabulary=vocabulary, longest=limit)
+        if given is not None:
+            return given.shape[0], given.shape[1]
     return config.calibration_sequences, min(config.calibration_length, limit or math.inf)
 
 

@@ -16,13 +16,16 @@ from adamix.artifacts import Hessian, WeightPair
 from adamix.calibration.blocks import BlockStream, Unsuited
 from adamix.calibration.gram import accumulate, passes, shared_inputs
 from adamix.calibration.layers import ExpertGrams, find_layers, in_features
+from adamix.compression.allocate import allocate
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
 from adamix.compression.share import SPREAD, energies, share_out
 from adamix.config import Config
+from adamix.devices import CPU, Compute, matrix_device_bytes, plan_device
 from adamix.errors import AdamixError, NonFiniteError
 from adamix.memory import MemoryPlan, matrix_bytes, plan_memory, resident_bytes, sizes
+from adamix.naming import index_of
 from adamix.progress import Progress, timed
 from adamix.source.architecture import Architecture
 from adamix.source.checkpoints import Checkpoint
@@ -63,6 +66,9 @@ class MatrixRun:
     max_memory: int | None
     progress: Progress
     seconds: dict[str, float]
+    calibrator: Executor  # of the forward passes
+    compute: Compute = CPU
+    solve: Callable[..., Tensor] = allocate
     headroom: int = 1  # times its budget that a matrix may take yet
 
     def matrices(self, tokens: Tensor, finished: dict[str, CompressedMatrix]
@@ -95,7 +101,7 @@ class MatrixRun:
 
     def _each(self, tokens: Tensor, title: str, one: Work, done: dict[str, Result]) -> None:
         """one(target, H, inputs, row weights) of every target that is not in `done` yet."""
-        frequency = token_frequency(tokens, self.architecture.vocabulary)
+        frequency = token_frequency(tokens, self.architecture.vocabulary).to(self.compute.device)
         targets = {target.name: target for target in self._targets if target.name not in done}
         users = self._users(targets)
         plan = self._plan(tokens, users, targets.values(), whole=False)
@@ -135,25 +141,36 @@ class MatrixRun:
 
     def _job_bytes(self, target: Target) -> int:
         bits = self.headroom * self.budget_bits[target.name]
-        return matrix_bytes(target.shape, bits, self.config)
+        count = matrix_device_bytes if self.compute.is_cuda else matrix_bytes
+        return count(target.shape, bits, self.config)
 
     def _plan(self, tokens: Tensor, users: dict[str, list[str]], targets: Collection[Target], *,
               whole: bool) -> MemoryPlan:
-        """How to keep to `max_memory` from here on."""
-        if self.max_memory is None:
+        """How to keep to `max_memory`, or to the GPU's, from here on."""
+        if self.max_memory is None and not self.compute.is_cuda:
             return MemoryPlan.unbounded(self.threads)
         shapes = {name: shape for name, (shape, _) in self.sources[1].headers.items()}
         asked = {target.name: target.shape for target in self.found.targets}
         found = sizes(shapes, [asked[name] for names in users.values() for name in names],
                       self.architecture.hidden, tuple(tokens.shape), whole=whole,
                       experts=self.architecture.experts)
+        largest = max(map(self._job_bytes, targets), default=0)
+        if self.compute.is_cuda:
+            return plan_device(self.compute, found, self._block_grams(users, asked), largest)
         results = sum(self.budget_bits.values()) // 8
         exact = sum(target.numel * target.dtype.itemsize for target in
                     self.found.of(Treatment.WHOLE))
         # A matrix is held with its spectrum; written, all are held twice more.
         return plan_memory(self.max_memory, resident_bytes() + 2 * results, found,
-                           max(map(self._job_bytes, targets), default=0), 2 * results + 3 * exact,
-                           self.threads)
+                           largest, 2 * results + 3 * exact, self.threads)
+
+    def _block_grams(self, users: dict[str, list[str]], shapes: dict[str, tuple[int, ...]]) -> int:
+        """Bytes of the Gram matrices of the block that has most, were none of them shared."""
+        grams: dict[int, int] = {}
+        for names in users.values():
+            block = next(iter(index_of(names[0])), -1)
+            grams[block] = grams.get(block, 0) + 4 * shapes[names[0]][1] ** 2
+        return max(grams.values(), default=0)
 
     def _grams(self, tokens: Tensor, title: str, users: dict[str, list[str]], plan: MemoryPlan,
                jobs: _Jobs) -> Iterator[tuple[list[str], Tensor, str]]:
@@ -166,16 +183,18 @@ class MatrixRun:
             with self.work.scratch() as states:
                 stream = BlockStream(skeleton(finetuned.folder), tokens, users.keys(),
                                      tensors.shapes, tensors.read,
-                                     states if plan.states_on_disk else None)
+                                     states if plan.states_on_disk else None,
+                                     self.compute.device, self.compute.dtype)
                 groups = stream.groups
                 yield from _by_group(groups, stream.few_tokens, stream.grams(
-                    groups, executor=self.executor, threads=plan.threads, max_bytes=plan.grams))
+                    groups, executor=self.calibrator, threads=plan.threads, max_bytes=plan.grams))
         except Unsuited as why:
             self.progress.stage(f"{title}, with the whole model in memory ({why})",
                                 sum(map(len, users.values())))
             jobs.finish()
             jobs.plan = plan = self._plan(tokens, users, self._targets, whole=True)
-            yield from self._whole_grams(load_model(finetuned.folder), tokens, users.keys(), plan)
+            model = load_model(finetuned.folder, self.compute.dtype).to(self.compute.device)
+            yield from self._whole_grams(model, tokens, users.keys(), plan)
 
     def _whole_grams(self, model: nn.Module, tokens: Tensor, wanted: Collection[str],
                      plan: MemoryPlan) -> Iterator[tuple[list[str], Tensor, str]]:
@@ -186,7 +205,7 @@ class MatrixRun:
         for run in passes(widths, plan.grams // (threads + 1)):
             size, seen = sum(4 * widths[leader] ** 2 for leader in run), {}
             grams = accumulate(model, tokens, {leader: layers[leader] for leader in run},
-                               executor=self.executor, seen=seen,
+                               executor=self.calibrator, seen=seen,
                                ahead=max(1, min(threads, plan.grams // size - 1)))
             yield from _by_group(groups, experts.few, iter([experts.settle(run, grams, seen)]))
 
@@ -197,13 +216,14 @@ class MatrixRun:
         if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
             gram, origin = None, IDENTITY
         with _named(targets[0].name):
-            H = identity(n) if gram is None else hessian(gram, self.config.damping)
+            H = (identity(n, self.compute.device) if gram is None
+                 else hessian(gram, self.config.damping))
         results = {}
         for target in targets:
             weights = None
             if target.treatment is Treatment.EMBEDDING:
                 weights = frequency[: target.shape[0]]
-            pair = read_pair(*self.sources, target)
+            pair = read_pair(*self.sources, target).to(self.compute.device)
             with _named(target.name):
                 results[target.name] = one(pair, H, Inputs(gram, origin), weights)
             self.progress.advance()
@@ -214,21 +234,23 @@ class MatrixRun:
         found = energies(pair.delta, H, weights)
         if not torch.isfinite(found).all():
             raise NonFiniteError("the energies of its components are not finite")
+        found = found.cpu()
         self.work.keep_energies(pair.name, found)
         return found
 
     def _compress(self, pair: WeightPair, H: Hessian, inputs: Inputs, weights: Tensor | None
                   ) -> CompressedMatrix:
         start = time.perf_counter()
-        result = quantize_matrix(pair.delta, H, self.config, row_weights=weights,
-                                 budget_bits=self.budget_bits[pair.name])
+        delta = pair.delta
+        result = quantize_matrix(delta, H, self.config, row_weights=weights,
+                                 budget_bits=self.budget_bits[pair.name], solve=self.solve)
         packed = pack(result.delta)
-        error = relative_error(pair.delta, packed.dequantize(), inputs.gram, weights)
+        error = relative_error(delta, packed.dequantize(), inputs.gram, weights)
         if not math.isfinite(error):
             raise NonFiniteError(f"its relative error is {error}")
         row = MatrixRow.of(pair.name, packed, error, time.perf_counter() - start, inputs.origin)
-        spectrum = Spectrum(result.singular_values, result.errors, result.widths)
-        matrix = CompressedMatrix(packed, row, spectrum)
+        spectrum = Spectrum(result.singular_values.cpu(), result.errors.cpu(), result.widths)
+        matrix = CompressedMatrix(packed.to("cpu"), row, spectrum)
         self.work.keep(matrix)
         return matrix
 

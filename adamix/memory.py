@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from adamix.calibration.gram import CHUNK, MAX_GRAM_BYTES
 from adamix.calibration.sampling import chunk_bytes
 from adamix.compression.matrix import component_bits
-from adamix.compression.quantize import AT_A_TIME
+from adamix.compression.simulate import AT_A_TIME
 from adamix.config import Config
 from adamix.costs import activation_bytes
 from adamix.errors import CalibrationError, MemoryLimitError
@@ -44,8 +44,10 @@ def matrix_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> in
     pair = 2 * 4 * weights + 4 * weights  # both sides (fp32 at most), and their difference
     doubles = 8 * 3 * weights  # ΔW, weighted by rows, and one product of it
     decompose = doubles + 8 * 5 * min(out, n) ** 2
-    columns = 12 * candidates * out + 36 * max(AT_A_TIME, len(config.bit_widths) * out)
-    simulate = doubles + max(36 * lanes * n, 10 * lanes * n + columns)
+    columns = 12 * candidates * out + 24 * max(AT_A_TIME["cpu"], len(config.bit_widths) * out)
+    # GPTQ on all rows; then their codes beside one width's error, or beside columns of U.
+    simulate = doubles + max(18 * n * lanes, n * (lanes + 40 * candidates),
+                             10 * n * lanes + columns)
     error = 8 * 3 * weights + 8 * n * n
     return max(hessian, kept + pair + max(decompose, simulate, error))
 

@@ -17,7 +17,7 @@ from adamix import ops
 
 def pack_factor(codes: Tensor, counts: Sequence[int]) -> Tensor:
     """Codes uint8 ``[components, n]``, by width descending -> words int32 ``[words]``."""
-    parts = [torch.empty(0, dtype=torch.int32)]
+    parts = [torch.empty(0, dtype=torch.int32, device=codes.device)]
     for first, end, panels in _runs(codes.shape[1]):
         widths = [
             ops.pack(codes[lanes, first:end], bits=bits).view(lanes.stop - lanes.start, panels, -1)
@@ -30,7 +30,7 @@ def pack_factor(codes: Tensor, counts: Sequence[int]) -> Tensor:
 
 def unpack_factor(words: Tensor, counts: Sequence[int], n: int) -> Tensor:
     """The inverse: words int32 ``[words]`` -> codes uint8 ``[components, n]``."""
-    codes = torch.empty(sum(counts), n, dtype=torch.uint8)
+    codes = torch.empty(sum(counts), n, dtype=torch.uint8, device=words.device)
     begin = 0
     for first, end, panels in _runs(n):
         sizes = [(lanes.stop - lanes.start) * ops.lane_words(end - first, bits) // panels

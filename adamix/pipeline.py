@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,20 +18,26 @@ from torch import Tensor
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.budget import COUNTS_BYTES, plan_budget
+from adamix.calibration.filling import move_buffers, own_tensors, put
 from adamix.calibration.sampling import sample
 from adamix.calibration.texts import token_hash, tokenize
+from adamix.calibration.token_ids import Source, given_ids
+from adamix.compression.allocate import allocate
 from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
+from adamix.devices import JOBS, Compute, find_compute
 from adamix.errors import CalibrationError
 from adamix.matrices import MatrixRun
 from adamix.memory import check_survey, sampling_threads
 from adamix.naming import group_by_kind, write_indices
 from adamix.parallel import available_cores, workers
 from adamix.progress import Progress, Silent, timed
-from adamix.source.architecture import describe
+from adamix.solving import solvers
+from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import COPIED, Checkpoint
-from adamix.source.models import empty_model, find_tokenizer, load_model
+from adamix.source.models import empty_model, find_tokenizer, load_model, skeleton
+from adamix.source.parts import ModelTensors
 from adamix.source.targets import Survey, Treatment, check_pair, survey
 from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, write_delta
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
@@ -87,8 +94,9 @@ def compress_matrix(delta: Tensor, gram: Tensor, config: Config | None = None) -
 
 
 def compress(base: str | Path, finetuned: str | Path, out: str | Path,
-             config: Config | None = None, *, calibration: str | Path | Sequence[str] | None = None,
-             threads: int | None = None, max_memory: int | None = None, restart: bool = False,
+             config: Config | None = None, *, calibration: Source | None = None,
+             threads: int | None = None, device: str | torch.device | None = None,
+             max_memory: int | None = None, restart: bool = False,
              progress: Progress | None = None) -> Summary:
     """Compress the difference between two checkpoints into the folder `out`.
 
@@ -99,9 +107,11 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         base, finetuned: folders (or Hub names) of Hugging Face checkpoints in safetensors.
         out: the delta folder; must not exist.
         config: default `Config(ratio=16)`.
-        calibration: a text file, `.jsonl`, list of strings or dataset name; default: sequences
-            sampled from the fine-tuned model itself.
-        threads: matrices compressed side by side; the result does not depend on it.
+        calibration: text (a file, `.jsonl`, list of strings or dataset name), or token ids, all of
+            which are used (a tensor, `.npy`, `.safetensors`); default: the fine-tune samples them.
+        threads: matrices compressed side by side on the CPU; the result does not depend on it.
+        device: "cpu", "cuda" or "cuda:N"; default: a GPU where there is one. On it the forward
+            passes are of 16 bits if the model's weights are, so the result differs a little.
         max_memory: bytes that the process may hold at most; the result does not depend on it.
         restart: throw away what an interrupted run has left, and begin anew.
         progress: told about the stages.
@@ -116,39 +126,67 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     architecture = describe(sources[1].folder, sources[1].names)
     check_pair(*sources, architecture)
     threads = threads or available_cores()
-    if max_memory is not None:
-        check_survey(max_memory, [shape for shape, _ in sources[1].headers.values()])
-    with work_folder(out) as work, workers(threads) as executor:
+    compute = find_compute(device, [dtype for _, dtype in sources[1].headers.values()])
+    with (work_folder(out) as work, workers(threads) as executor,
+          _on(compute, executor) as (jobs, calibrator, solve)):
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
-            tokens = _read_tokens(sources[1], config, calibration, progress)
+            tokens = _read_tokens(sources[1], architecture, config, calibration, progress)
         with timed(seconds, "read"):
-            progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
-            found = survey(*sources, architecture, compress_embeddings=config.embeddings,
-                           compress_vision=config.vision, on_tensor=lambda name: progress.advance())
+            found = _survey(sources, architecture, config, executor, threads, max_memory, progress)
         manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
-        work.check(_fingerprint(manifest, found, sources[1]), restart=restart)
+        work.check(_fingerprint(manifest, found, sources[1], compute), restart=restart)
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
-                tokens = _own_tokens(work, sources[1], config, threads, max_memory, progress)
+                tokens = _own_tokens(work, sources[1], architecture, config, compute, threads,
+                                     max_memory, progress)
         manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
-        run = MatrixRun(sources, found, architecture, config, budget.bits, work, executor, threads,
-                        max_memory, progress, seconds)
+        run = MatrixRun(sources, found, architecture, config, budget.bits, work, jobs, threads,
+                        max_memory, progress, seconds, calibrator, compute, solve)
         matrices = run.matrices(tokens, finished)
         progress.stage("writing", 1)
         with work.result() as folder:
-            written = _write(folder, sources[1], found, manifest, matrices, tokens)
-            beside = sum(p.stat().st_size for p in folder.iterdir()) - written
+            written, beside = _write(folder, sources[1], found, manifest, matrices, tokens)
         progress.advance()
-    whole = {t.name: t.numel * t.dtype.itemsize
-             for t in found.of(Treatment.WHOLE) if len(t.shape) > 1}
-    return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit, whole,
-                   beside, seconds, peak_bytes(), len(finished))
+    return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit,
+                   _whole_bytes(found), beside, seconds, peak_bytes(), len(finished))
 
 
-def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint) -> dict[str, object]:
+def _whole_bytes(found: Survey) -> dict[str, int]:
+    return {t.name: t.numel * t.dtype.itemsize
+            for t in found.of(Treatment.WHOLE) if len(t.shape) > 1}
+
+
+def _survey(sources: tuple[Checkpoint, Checkpoint], architecture: Architecture, config: Config,
+            executor: Executor, threads: int, max_memory: int | None, progress: Progress) -> Survey:
+    if max_memory is not None:
+        check_survey(max_memory, [shape for shape, _ in sources[1].headers.values()])
+        threads = 1
+    progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
+    return survey(*sources, architecture, compress_embeddings=config.embeddings,
+                  compress_vision=config.vision, executor=executor if threads > 2 else None,
+                  ahead=threads, on_tensor=lambda name: progress.advance())
+
+
+@contextmanager
+def _on(compute: Compute, executor: Executor
+        ) -> Iterator[tuple[Executor, Executor, Callable[..., Tensor]]]:
+    """What compresses matrices, what runs forward passes, and what solves integer programs."""
+    if not compute.is_cuda:
+        yield executor, executor, allocate
+        return
+    with (ThreadPoolExecutor(JOBS) as jobs, ThreadPoolExecutor(1) as calibrator,
+          solvers(JOBS) as pool, torch.cuda.device(compute.device)):
+        try:
+            yield jobs, calibrator, pool.allocate
+        finally:
+            jobs.shutdown(cancel_futures=True)  # after an error nothing queued is begun
+
+
+def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint, compute: Compute
+                 ) -> dict[str, object]:
     """All that the bytes of a finished matrix depend on, by names for a sentence on what differs.
 
     The hash of sampled text is not in it: the fine-tune and the config determine it.
@@ -157,7 +195,7 @@ def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint) -> di
     if calibration["source"] == "self":
         del calibration["sha256"]
     return {"adamix": __version__, "format": FORMAT_VERSION, "layout": ops.LAYOUT_VERSION,
-            "torch": torch.__version__,
+            "torch": torch.__version__, "device": compute.label,
             "base": {"name": manifest.base, "sha256": manifest.fingerprint["sha256"]},
             "fine-tune": {"name": manifest.finetuned,
                           "sha256": found.finetuned_fingerprint["sha256"],
@@ -165,23 +203,44 @@ def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint) -> di
             "config": manifest.config, "calibration": calibration}
 
 
-def _own_tokens(work: WorkFolder, finetuned: Checkpoint, config: Config, threads: int,
-                max_memory: int | None, progress: Progress) -> Tensor:
+def _own_tokens(work: WorkFolder, finetuned: Checkpoint, architecture: Architecture,
+                config: Config, compute: Compute, threads: int, max_memory: int | None,
+                progress: Progress) -> Tensor:
     """Token ids that the fine-tuned model writes itself, by an earlier run where it got so far.
 
     The model is in memory for as long as this takes, and no longer.
     """
     tokens, sha256 = work.tokens() or (None, "")
     if tokens is None or token_hash(tokens) != sha256:
-        if max_memory is not None:
+        if compute.is_cuda:
+            threads = 1
+        elif max_memory is not None:
             threads = sampling_threads(
                 max_memory, [shape for shape, _ in finetuned.headers.values()],
                 empty_model(finetuned.folder).config, config.calibration_length, threads)
         with workers(threads) as executor:
-            tokens = _sample_tokens(load_model(finetuned.folder), finetuned, config, executor,
-                                    progress)
+            tokens = _sample_tokens(_load(finetuned, architecture, compute), finetuned, config,
+                                    executor, progress)
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens
+
+
+def _load(finetuned: Checkpoint, architecture: Architecture, compute: Compute
+          ) -> transformers.PreTrainedModel:
+    """The whole model where it computes; on a GPU tensor by tensor, if they are all there by the
+    model's own names, so that the host never holds them."""
+    if not compute.is_cuda:
+        return load_model(finetuned.folder)
+    model, tensors = skeleton(finetuned.folder), ModelTensors(finetuned, architecture.parts)
+    names = {name: tuple(tensor.shape) for name, tensor in own_tensors(model)}
+    if any(tensors.shapes.get(name) != shape for name, shape in names.items()):
+        return load_model(finetuned.folder, compute.dtype).to(compute.device)
+    for name in names:
+        tensor = tensors.read(name)
+        dtype = compute.dtype if tensor.is_floating_point() else tensor.dtype
+        put(model, name, tensor.to(compute.device, dtype))
+    move_buffers(model, compute.device)
+    return model
 
 
 def peak_bytes() -> int:
@@ -195,20 +254,28 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _read_tokens(finetuned: Checkpoint, config: Config,
-                 calibration: str | Path | Sequence[str], progress: Progress) -> Tensor:
-    """Token ids of a text to calibrate with."""
+def _read_tokens(finetuned: Checkpoint, architecture: Architecture, config: Config,
+                 calibration: Source, progress: Progress) -> Tensor:
+    """Token ids of a text to calibrate with, or as they are given."""
+    limit = context_of(finetuned)
+    given = given_ids(calibration, vocabulary=architecture.vocabulary, longest=limit)
+    if given is not None:
+        return given
     tokenizer = find_tokenizer([finetuned.folder])
     if tokenizer is None:
         raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
     progress.stage("tokenizing calibration text", 1)
-    settings = finetuned.config.get("text_config", finetuned.config)
-    limit = settings.get("max_position_embeddings") if isinstance(settings, dict) else None
     tokens = tokenize(calibration, tokenizer, sequences=config.calibration_sequences,
                       length=min(config.calibration_length, limit or config.calibration_length),
                       seed=config.seed)
     progress.advance()
     return tokens
+
+
+def context_of(checkpoint: Checkpoint) -> int | None:
+    """The most tokens of a sequence that the model's config speaks of."""
+    settings = checkpoint.config.get("text_config", checkpoint.config)
+    return settings.get("max_position_embeddings") if isinstance(settings, dict) else None
 
 
 def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
@@ -230,10 +297,11 @@ def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, c
                   seed=config.seed, executor=executor, on_chunk=progress.advance)
 
 
-def origin_of(calibration: str | Path | Sequence[str] | None, config: Config,
-              tokens: Tensor | None = None) -> dict[str, object]:
+def origin_of(calibration: Source | None, config: Config, tokens: Tensor | None = None
+              ) -> dict[str, object]:
     """Where the calibration comes from; without tokens in the most characters that it can take."""
-    label = str(calibration) if isinstance(calibration, (str, Path)) else "strings"
+    label = (str(calibration) if isinstance(calibration, (str, Path)) else
+             "token ids" if isinstance(calibration, Tensor) else "strings")
     shape = (config.calibration_sequences, config.calibration_length)
     rows, length = shape if tokens is None else tokens.shape
     return {"source": "self" if calibration is None else label, "sequences": rows, "length": length,
@@ -265,8 +333,8 @@ def manifest_of(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: C
 
 
 def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifest,
-           matrices: dict[str, CompressedMatrix], tokens: Tensor) -> int:
-    """Write the whole folder; the bytes of what loading needs."""
+           matrices: dict[str, CompressedMatrix], tokens: Tensor) -> tuple[int, int]:
+    """Write the whole folder; the bytes of what loading needs, and of what stands beside it."""
     whole = {t.name: t.read(finetuned) for t in found.of(Treatment.WHOLE)}
     extra = {t.name: finetuned.read(t.name)[t.shape[0] :].clone()
              for t in found.targets if t.extra_rows}
@@ -278,4 +346,5 @@ def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifes
     for name in COPIED:
         if (finetuned.folder / name).exists():
             shutil.copyfile(finetuned.folder / name, folder / name)
-    return delta_bytes(folder)
+    written = delta_bytes(folder)
+    return written, sum(path.stat().st_size for path in folder.iterdir()) - written

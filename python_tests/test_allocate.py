@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from reference import least_plan_error, plan_error_bounds
+from reference import least_plan_error, least_plan_error_by_tables, plan_error_bounds
 
 from adamix.compression.allocate import GAP, allocate
 from adamix.errors import SolverError
@@ -68,6 +68,19 @@ def test_a_small_plan_spends_exactly_the_best_plans_bits_and_not_one_bit_more(se
         assert error_of(plan, errors) <= least_plan_error(errors, costs, bits) * WITHIN_GAP
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_plan_of_a_small_matrix_where_scales_count_as_much_as_widths_is_the_best(seed):
+    """There how many components are kept decides how many steps of width the budget is worth."""
+    rng = np.random.default_rng(300 + seed)
+    out, n = (int(size) for size in rng.integers(32, 130, 2))
+    errors, costs = layer_errors(rng, 40, (8, 4, 3, 2)), layer_costs(out, n, (8, 4, 3, 2))
+    budget = int(rng.uniform(0.05, 0.5) * 40 * costs[0])
+    plan = allocate(errors, costs, budget)
+    assert cost_of(plan, costs) <= budget
+    least = least_plan_error_by_tables(errors, costs, budget)
+    assert least * (1 - 1e-12) <= error_of(plan, errors) <= least * WITHIN_GAP
+
+
 @pytest.mark.parametrize(("rank", "out", "n", "share", "solver", "seed"), [
     (300, 576, 1536, 0.1, "highs", 2), (300, 576, 1536, 0.25, "highs", 2),
     (300, 576, 1536, 0.1, "cbc", 0), (1000, 3584, 18944, 0.1, "highs", 0)])
@@ -86,7 +99,7 @@ def test_a_large_plan_lies_between_the_linear_relaxation_and_its_rounding(
 
 @pytest.mark.parametrize(("rank", "out", "n", "power", "max_choices"), [
     (1000, 4096, 4096, 1.0, None), (1500, 3584, 18944, 1.0, None), (1500, 3584, 18944, 0.5, None),
-    (1000, 4096, 4096, 1.0, 4)])
+    (1490, 11008, 4096, 1.3, None), (1000, 4096, 4096, 1.0, 4)])
 def test_many_components_that_nearly_tie_are_no_matter_of_minutes(rank, out, n, power, max_choices):
     """Errors that fall slowly and evenly: hundreds of plans within 0.1 % of each other, which a
     solver enumerates without end unless the budget is rounded to what whole widths can use."""

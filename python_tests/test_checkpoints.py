@@ -207,13 +207,14 @@ SMALL = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, -2, 3]),
 
 
 def test_the_fingerprint_of_small_tensors_is_the_hash_of_labels_and_bytes():
-    little = b"".join(bytes(x) for x in (
-        b"a torch.float32 (2, 3)\n", SMALL["a"].numpy().astype("<f4").tobytes(),
-        b"b torch.int64 (3,)\n", SMALL["b"].numpy().astype("<i8").tobytes(),
-        b"c torch.bfloat16 ()\n", b"\xc0\x3f",  # 1.5 is 0x3fc0
-        b"d torch.float32 (0,)\n"))
-    expected = hashlib.sha256(little).hexdigest()
-    assert fingerprint(SMALL) == {"sha256": expected, "sampled": expected}
+    parts = [(b"a torch.float32 (2, 3)\n", SMALL["a"].numpy().astype("<f4").tobytes()),
+             (b"b torch.int64 (3,)\n", SMALL["b"].numpy().astype("<i8").tobytes()),
+             (b"c torch.bfloat16 ()\n", b"\xc0\x3f"),  # 1.5 is 0x3fc0
+             (b"d torch.float32 (0,)\n", b"")]
+    sampled = b"".join(label + data for label, data in parts)
+    hashes = b"".join(label + hashlib.sha256(data).digest() for label, data in parts)
+    assert fingerprint(SMALL) == {"sha256": hashlib.sha256(hashes).hexdigest(),
+                                  "sampled": hashlib.sha256(sampled).hexdigest()}
 
 
 def test_every_byte_name_dtype_and_shape_counts():
@@ -241,7 +242,8 @@ def test_a_large_tensor_is_sampled_in_sixteen_blocks_of_4_kib():
     label = b"w torch.float32 (50000,)\n"
     sampled = hashlib.sha256(label + b"".join(data[s : s + 4096] for s in starts)).hexdigest()
     whole = fingerprint({"w": numbers})
-    assert whole == {"sha256": hashlib.sha256(label + data).hexdigest(), "sampled": sampled}
+    of_all = hashlib.sha256(label + hashlib.sha256(data).digest()).hexdigest()
+    assert whole == {"sha256": of_all, "sampled": sampled}
     covered = {byte // 4 for s in starts for byte in range(s, s + 4096)}
     for index in (0, 511, starts[7] // 4 + 1, 49_999, 1_100, 25_500):
         other = numbers.clone()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, checkpoint_tensors, compressed_pair, make_pair
 from tiny_models import one_thread as one_thread
@@ -35,6 +36,13 @@ STEADY = Work(*[1e-9] * 10)
 def steady(monkeypatch):
     """Rates that are not measured."""
     monkeypatch.setattr(estimation, "measure", lambda *arguments: STEADY)
+
+
+def test_token_ids_count_as_many_as_they_are(steady):
+    pair = compressed_pair()
+    few, many = (estimate(pair.base, pair.finetuned, CONFIG, threads=1, calibration=torch.zeros(
+        sequences, 16, dtype=torch.long)).seconds for sequences in (1, 1000))
+    assert sum(many.values()) > 2 * sum(few.values())
 
 
 # --- size --------------------------------------------------------------------------------------

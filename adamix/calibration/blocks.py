@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adamix.calibration.filling import empty, move_buffers, own_tensors, put
 from adamix.calibration.gram import CHUNK, gram_matrices, passes, sharing
 from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.calibration.states import OnDisk
 from adamix.errors import AdamixError, reason
 from adamix.experts import OneByOne, is_experts
 
+CPU = torch.device("cpu")
 HIDDEN = "hidden_states"  # what transformers calls them where they are passed by name
 
 
@@ -93,6 +95,7 @@ class BlockStream:
         shapes: of the checkpoint's tensors, by name.
         read: one of them, as stored.
         states: a folder for the hidden states between two blocks; None keeps them in memory.
+        device, dtype: of the block at work and the hidden states.
 
     Raises:
         Unsuited: the model's blocks cannot be run one at a time.
@@ -100,7 +103,10 @@ class BlockStream:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, wanted: Collection[str],
                  shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
-                 states: Path | None = None) -> None:
+                 states: Path | None = None, device: torch.device = CPU,
+                 dtype: torch.dtype = torch.float32) -> None:
+        self._device, self._dtype = device, dtype
+        move_buffers(model, device)
         self._model, self._shapes, self._read = model, shapes, read
         self._prefix, self._blocks = _find_blocks(model)
         self._names = {module: name for name, module in model.named_modules()}
@@ -111,7 +117,7 @@ class BlockStream:
                 module.forward = OneByOne(module)
         # How many None a block gives back behind the hidden states, in a tuple; None: no tuple.
         self._behind: list[int | None] = [None] * len(self._blocks)
-        self._chunks = tokens.split(CHUNK)
+        self._chunks = tokens.to(device).split(CHUNK)
         # Of each chunk: what enters the block at work.
         self._states: MutableMapping[int, Tensor] = {} if states is None else OnDisk(states)
         self._calls: list[list[_Call]] = []  # [chunk][block]
@@ -254,17 +260,18 @@ class BlockStream:
             for hook in hooks:
                 hook.remove()
             for module in filled:
-                _empty(module, recurse=False)
+                empty(module, recurse=False)
 
     def _fill(self, module: nn.Module, *, recurse: bool = True) -> None:
-        """Read the module's tensors, in fp32 as the whole model has them."""
-        for name, _ in list(_own_tensors(module, recurse=recurse)):
+        """Read the module's tensors."""
+        for name, _ in list(own_tensors(module, recurse=recurse)):
             tensor = self._read(f"{self._names[module]}.{name}".lstrip("."))
-            _put(module, name, tensor.float() if tensor.is_floating_point() else tensor.clone())
+            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+            put(module, name, tensor.to(self._device, dtype, copy=not dtype.is_floating_point))
 
     def _check(self, module: nn.Module, *, recurse: bool = True) -> None:
         """Raise Unsuited where the checkpoint has not the module's tensors by their names."""
-        for part, tensor in _own_tensors(module, recurse=recurse):
+        for part, tensor in own_tensors(module, recurse=recurse):
             name = f"{self._names[module]}.{part}".lstrip(".")
             if self._shapes.get(name) != tuple(tensor.shape):
                 raise Unsuited(f"{name} is not in its checkpoint, or of another shape")
@@ -300,7 +307,7 @@ class BlockStream:
                     yield found
             found, seen = self._run_block(index, block, final, executor, threads, max_bytes,
                                           keep=True)
-            _empty(block)
+            empty(block)
             if found := experts.settle(final, found, seen):
                 yield found
         for run in self._runs(outside, max_bytes) if outside else []:
@@ -359,34 +366,6 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     if getattr(model.config, "quantization_config", None) is not None:
         raise Unsuited("its weights are quantized")
     return name, blocks
-
-
-def _own_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, as a checkpoint holds them."""
-    owners = module.named_modules() if recurse else [("", module)]
-    for prefix, owner in owners:
-        tensors = owner._parameters | {name: buffer for name, buffer in owner._buffers.items()
-                                       if name not in owner._non_persistent_buffers_set}
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                yield f"{prefix}.{name}".lstrip("."), tensor
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if last in owner._parameters:
-        owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[last] = tensor
-
-
-def _empty(module: nn.Module, *, recurse: bool = True) -> None:
-    """Back to the meta device with the parameters; buffers are small."""
-    for owner in module.modules() if recurse else [module]:
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _tensors(call: _Call) -> list[Tensor]:

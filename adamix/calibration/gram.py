@@ -148,6 +148,14 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer],
                              on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen)
 
 
+def _product(X: Tensor) -> Tensor:
+    """Xᵀ X in fp32; the operands of 16 bits on a GPU, whose tensor cores sum in fp32."""
+    if X.is_cuda and X.dtype.itemsize == 2:
+        return torch.mm(X.T, X, out_dtype=torch.float32)
+    X = X.float()
+    return X.T @ X
+
+
 def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
                   layers: dict[str, Layer], *, executor: Executor, ahead: int,
                   on_chunk: Callable[[Chunk], None] = lambda chunk: None,
@@ -161,8 +169,9 @@ def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
     local = threading.local()
 
     def add(name: str, X: Tensor) -> None:
-        X = X.flatten(0, -2).float()
-        local.grams[name] = local.grams.get(name, 0) + X.T @ X
+        X = X.flatten(0, -2)
+        gram = _product(X)
+        local.grams[name] = local.grams[name].add_(gram) if name in local.grams else gram
         local.counts[name] = local.counts.get(name, 0) + len(X)
 
     @torch.inference_mode()

@@ -84,17 +84,18 @@ def _chunks(sequences: int, rows: int) -> Iterator[tuple[int, int]]:
 @torch.inference_mode()
 def _sample_chunk(model: PreTrainedModel, start: int, end: int | None, rows: int, length: int,
                   seed: int, first: int) -> Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
-    tokens = torch.full((rows, length), start, dtype=torch.long)
+    device = model.device
+    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + first) % 2**63)
+    tokens = torch.full((rows, length), start, dtype=torch.long, device=device)
     cache = None
     for position in range(1, length):
-        output = model(input_ids=tokens[:, position - 1 : position].to(model.device),
-                       past_key_values=cache, use_cache=True)
+        output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache,
+                       use_cache=True)
         cache = output.past_key_values
-        logits = output.logits[:, -1].float().cpu()
+        logits = output.logits[:, -1].float()
         if not torch.isfinite(logits).all():
             raise NonFiniteError("the fine-tuned model's logits are NaN or Inf")
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         ended = tokens[:, position - 1] == end if end is not None and end != start else drawn < 0
         tokens[:, position] = torch.where(ended, start, drawn)
-    return tokens
+    return tokens.cpu()

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import mip
 import torch
@@ -17,6 +18,7 @@ from adamix.errors import SolverError, reason
 # zero and an empty plan as optimal; with the total brought here both solvers resolve 1e-10 of it.
 OBJECTIVE_TOTAL = 1e4
 GAP = 1e-6
+FEE_HALVINGS = 30
 # CBC's linear solver sets a handler of SIGINT while it runs and puts the one before back: two at a
 # time can put back each other's, and Ctrl-C is lost from then on.
 CBC_ALONE = threading.Lock()
@@ -41,6 +43,7 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: 
         ValueError: an error is NaN, Inf or negative, or the cheapest plan exceeds the budget.
         RuntimeError: the solver found no optimal plan.
     """
+    errors = errors.cpu()
     rank, choices = errors.shape
     if not (torch.isfinite(errors) & (errors >= 0)).all():
         raise ValueError("the errors to allocate by must be finite and not negative")
@@ -55,50 +58,113 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: 
     if rank == 0 or total == 0:
         return torch.full((rank,), min(range(choices), key=costs.__getitem__), dtype=torch.long)
     scaled = errors.double() * (OBJECTIVE_TOTAL / total)
-    known = math.inf  # a plan of the greedy kind may use more than max_choices
-    if max_choices is None:
-        known = scaled.gather(1, _greedy(scaled, costs, budget)[:, None]).sum().item()
-    is_open = undominated(scaled, costs, budget, known)
-    steps = whole_steps(costs, budget, is_open)
-    is_open &= undominated(scaled, *steps, known)
-    rows = [(costs, budget), steps]
-    return _solve(scaled.tolist(), is_open.tolist(), rows, max_choices, solver)
+    if max_choices is not None:  # a plan of the greedy kind may use more, so no bound is known
+        is_open = torch.ones(errors.shape, dtype=torch.bool)
+        steps, cases = cases_of(costs, budget, is_open)
+        rows = [(costs, budget), (steps, cases[0].budget)]
+        best = _solve(scaled, is_open, rows, max_choices, solver)
+    else:
+        best = _best_of_cases(scaled, costs, budget, solver)
+    if best is None:
+        raise RuntimeError(f"the allocation's solver ({solver}) found no plan")
+    return best
 
 
-def undominated(errors: Tensor, costs: Sequence[int], budget: int, known: float) -> Tensor:
-    """Which choices a plan no worse than a known one can make: bool `[rank, choices]`.
+def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor | None:
+    whole = Case(budget, len(scaled))
+    plan = _greedy(scaled, costs, whole)
+    known = math.inf if plan is None else _error(scaled, plan)
+    steps, cases = cases_of(costs, budget, undominated(scaled, costs, whole, known))
+    plans = (_greedy(scaled, steps, case) for case in cases)
+    known = min([known, *(_error(scaled, plan) for plan in plans if plan is not None)])
+    best, kept = None, [int(cost > 0) for cost in costs]
+    for case in sorted(cases, key=lambda case: _dual(scaled, steps, case)[0]):
+        is_open = undominated(scaled, steps, case, known)
+        if not is_open.any(dim=1).all():
+            continue  # none of its plans is as good as the known one
+        rows = [(steps, case.budget), (kept, case.components)]
+        plan = _solve(scaled, is_open, rows, None, solver)
+        if plan is not None and (best is None or _error(scaled, plan) < known):
+            best, known = plan, _error(scaled, plan)
+    return best
 
-    Reduced-cost fixing. With a price λ for a unit of budget, every component takes its cheapest
-    choice of E + λ cost, and the sum less λ budget bounds every plan from below. A choice dearer
-    than its component's cheapest by over the distance from that bound to the known plan is in no
-    better one. Exact, and it leaves the solver two or three choices of nine.
-    """
-    cost = torch.tensor(costs, dtype=torch.float64)
-    price = _price(errors, cost, budget)
-    priced = errors + price * cost
-    best = priced.min(dim=1, keepdim=True).values
-    bound = best.sum().item() - price * budget
-    return priced - best <= (known - bound) + 1e-9 * (known + OBJECTIVE_TOTAL)
+
+@dataclass(frozen=True)
+class Case:
+    """Plans of at most so much, and with so many components that are kept."""
+
+    budget: int
+    components: int
 
 
-def whole_steps(costs: Sequence[int], budget: int, is_open: Tensor
-                ) -> tuple[list[int], int]:
-    """The budget row over the step between widths, rounded down: a row that all plans keep.
+def cases_of(costs: Sequence[int], budget: int, is_open: Tensor) -> tuple[list[int], list[Case]]:
+    """The budget in whole steps between widths: those of each choice, and of all that there can be.
 
     A component of b bits costs step · b + 1 units, or 0. Widths are whole, so what the budget has
-    beyond a whole number of steps is of no use, once the components that must have a width have
-    paid their 1. The linear relaxation does use it: without this row the solver can take minutes
-    to prove that nothing else does (1000 components: 122 s without, 0.04 s with).
+    beyond whole steps is of no use but to pay the 1 of each kept component. The linear relaxation
+    of the budget alone does spend it on a part of a step, and the solver can take minutes to prove
+    that no plan can (1000 components: 122 s, with steps 0.04 s). How many steps the budget is worth
+    depends on how many components are kept: a case for every such number of steps.
     """
     paid = [cost for cost in costs if cost > 0]
     step = math.gcd(*(cost - paid[0] for cost in paid)) or paid[0]
-    rest = min(cost % step for cost in paid)
-    forced = int((~is_open[:, [k for k, cost in enumerate(costs) if cost == 0]]).all(dim=1).sum())
-    return [cost // step for cost in costs], (budget - rest * forced) // step
+    rest = paid[0] % step
+    kept = torch.tensor(costs) > 0
+    least = int((~is_open[:, ~kept]).all(dim=1).sum())
+    most = int(is_open[:, kept].any(dim=1).sum())
+    counts = range((budget - rest * least) // step, (budget - rest * most) // step - 1, -1)
+    return [cost // step for cost in costs], [
+        Case(count, min((budget - step * count) // rest, most) if rest else most)
+        for count in counts if count >= 0]
 
 
-def _price(errors: Tensor, cost: Tensor, budget: int) -> float:
+def undominated(errors: Tensor, costs: Sequence[int], case: Case, known: float) -> Tensor:
+    """Which choices a plan no worse than a known one can make: bool `[rank, choices]`.
+
+    Reduced-cost fixing. With a price for a unit of budget and a fee for a kept component, every
+    component takes its cheapest choice, and the sum less what the case allows bounds every plan
+    from below. A choice dearer than its component's cheapest by over the distance from that bound
+    to the known plan is in no better one. Exact, and it leaves the solver a few choices in all.
+    """
+    bound, price, fee = _dual(errors, costs, case)
+    priced = _priced(errors, costs, price, fee)
+    best = priced.min(dim=1, keepdim=True).values
+    return priced - best <= (known - bound) + 1e-9 * (known + OBJECTIVE_TOTAL)
+
+
+def _priced(errors: Tensor, costs: Sequence[int], price: float, fee: float) -> Tensor:
+    cost = torch.tensor(costs, dtype=torch.float64)
+    return (errors + fee * (cost > 0)) + price * cost  # in `_price`'s order: it is a price at a tie
+
+
+def _dual(errors: Tensor, costs: Sequence[int], case: Case) -> tuple[float, float, float]:
+    """(lower bound of all plans of a case, the price and the fee that give it)."""
+    kept = torch.tensor(costs) > 0
+
+    def at(fee: float) -> tuple[float, int]:
+        """The price, and the components that are kept at both."""
+        price = _price(errors + fee * kept, costs, case.budget)
+        return price, int(kept[_priced(errors, costs, price, fee).argmin(dim=1)].sum())
+
+    fee = 0.0
+    price, count = at(fee)
+    if count > case.components:
+        low, high = 0.0, 1.0
+        while at(high)[1] > case.components:
+            low, high = high, 2.0 * high
+        for _ in range(FEE_HALVINGS):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if at(middle)[1] > case.components else (low, middle)
+        fee = high
+        price, _ = at(fee)
+    cheapest = _priced(errors, costs, price, fee).min(dim=1).values.sum().item()
+    return cheapest - price * case.budget - fee * case.components, price, fee
+
+
+def _price(errors: Tensor, costs: Sequence[int], budget: int) -> float:
     """The least price (to 100 halvings) at which the cheapest choices keep to the budget."""
+    cost = torch.tensor(costs, dtype=torch.float64)
+
     def spent(price: float) -> float:
         return cost[(errors + price * cost).argmin(dim=1)].sum().item()
 
@@ -111,25 +177,32 @@ def _price(errors: Tensor, cost: Tensor, budget: int) -> float:
     return high
 
 
-def _greedy(errors: Tensor, costs: Sequence[int], budget: int) -> Tensor:
-    """A good plan: the cheapest choices at the budget's price, then what lowers the error most."""
+def _greedy(errors: Tensor, costs: Sequence[int], case: Case) -> Tensor | None:
+    """A good plan: the cheapest choices at the case's price, then what lowers the error most; None
+    where that is none of the case's."""
     cost = torch.tensor(costs, dtype=torch.float64)
-    plan = (errors + _price(errors, cost, budget) * cost).argmin(dim=1)
+    _, price, fee = _dual(errors, costs, case)
+    plan = _priced(errors, costs, price, fee).argmin(dim=1)
     while True:
         gain = errors.gather(1, plan[:, None]) - errors
         extra = cost[None, :] - cost[plan][:, None]
-        gain = torch.where(extra <= budget - cost[plan].sum(), gain, -torch.inf)
+        gain = torch.where(extra <= case.budget - cost[plan].sum(), gain, -torch.inf)
         component, choice = divmod(int(gain.argmax()), errors.shape[1])
         if not gain[component, choice] > 0:
-            return plan
+            spent, kept = cost[plan].sum(), int((cost[plan] > 0).sum())
+            return plan if spent <= case.budget and kept <= case.components else None
         plan[component] = choice
 
 
-def _solve(errors: list[list[float]], is_open: list[list[bool]],
-           budget_rows: Sequence[tuple[Sequence[int], int]], max_choices: int | None, solver: str
-           ) -> Tensor:
-    """The integer program over the open choices."""
-    rank, choices = len(errors), len(errors[0])
+def _error(errors: Tensor, plan: Tensor) -> float:
+    return errors.gather(1, plan[:, None]).sum().item()
+
+
+def _solve(errors: Tensor, is_open: Tensor, rows: Sequence[tuple[Sequence[int], int]],
+           max_choices: int | None, solver: str) -> Tensor | None:
+    """The integer program over the open choices, whose costs keep to each row's bound; None where
+    there is no such plan."""
+    rank, choices = errors.shape
     try:
         model = mip.Model(solver_name=mip.HIGHS if solver == "highs" else mip.CBC)
     except (FileNotFoundError, NotImplementedError) as error:
@@ -137,18 +210,20 @@ def _solve(errors: list[list[float]], is_open: list[list[bool]],
                           f"1.16): {reason(error)}") from error
     model.verbose, model.threads, model.max_mip_gap, model.seed = 0, 1, GAP, 0
     S = [{k: model.add_var(var_type=mip.BINARY, obj=row[k]) for k in range(choices) if allowed[k]}
-         for row, allowed in zip(errors, is_open, strict=True)]
+         for row, allowed in zip(errors.tolist(), is_open.tolist(), strict=True)]
     for row in S:
         model += mip.xsum(row.values()) == 1
-    for costs, budget in budget_rows:
+    for costs, budget in rows:
         model += mip.xsum(costs[k] * x for row in S for k, x in row.items() if costs[k]) <= budget
     if max_choices is not None:
         used = [model.add_var(var_type=mip.BINARY) for _ in range(choices)]
         model += mip.xsum(used) <= max_choices
         for k in range(choices):
-            model += mip.xsum(row[k] for row in S) <= rank * used[k]
+            model += mip.xsum(row[k] for row in S if k in row) <= rank * used[k]
     with CBC_ALONE if solver == "cbc" else nullcontext():
         status = model.optimize()
+    if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
+        return None
     if status != mip.OptimizationStatus.OPTIMAL:
         raise RuntimeError(f"the allocation's solver ({solver}) stopped with {status.name}")
     return torch.tensor([max(row, key=lambda k: row[k].x) for row in S])

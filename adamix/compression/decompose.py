@@ -34,7 +34,8 @@ def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False) 
     else:
         whitened = delta @ H.lower
         energies, right = torch.linalg.eigh(whitened.T @ whitened)
-        U = _orthonormal_columns(whitened, energies.flip(0), right.flip(1))
+        U = _orthonormal_columns(whitened, *(part.flip(-1)[..., :max_rank]
+                                             for part in (energies, right)))
     U = _fix_signs(U[:, :max_rank])
     scaled_rows = U.T @ delta  # diag(s) V
     s = torch.linalg.vector_norm(scaled_rows, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ class MatrixResult:
 
 
 def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: int | None = None,
-                    row_weights: Tensor | None = None) -> MatrixResult:
+                    row_weights: Tensor | None = None,
+                    solve: Callable[..., Tensor] = allocate) -> MatrixResult:
     """ΔW -> Û_int · diag(scales) · V̂_int within the budget (paper Algorithm 1).
 
     Args:
@@ -41,6 +43,7 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
         budget_bits: for this matrix, scales counted; default: `config.budget_bits`.
         row_weights: cost of the squared error of each row `[out]`, > 0 (an embedding's token
             frequencies); None for ones.
+        solve: `allocate`, or what calls it in another process.
 
     Raises:
         NonFiniteError: ΔW holds NaN or Inf.
@@ -60,8 +63,8 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
     factors = decompose(weighted, H, budget // min(costs), plain=config.decomposition == "plain")
     simulation = simulate(factors, H, config.bit_widths, include_u=config.objective == "v+u",
                           row_weights=row_weights)
-    choice = allocate(simulation.errors, [*costs, 0], budget, max_choices=config.max_widths,
-                      solver=config.solver)
+    choice = solve(simulation.errors, [*costs, 0], budget, max_choices=config.max_widths,
+                   solver=config.solver)
     quantized = _quantize(delta, H, config, factors, simulation, choice, row_weights)
     return MatrixResult(quantized, factors.s, simulation.errors, config.bit_widths)
 
@@ -71,9 +74,9 @@ def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simul
     """The kept components at their widths: V, then U corrected for V's error, then both again."""
     components, bits = _kept(simulation, choice)
     if len(components) == 0:  # ΔW = 0, or nothing in it that these inputs can see
-        empty = torch.empty(0, dtype=torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device=delta.device)
         return QuantizedDelta(empty.view(0, delta.shape[0]), empty.view(0, delta.shape[1]), bits,
-                              torch.empty(0))
+                              torch.empty(0, device=delta.device))
     V_hat, s = simulation.rows_at(components, bits), factors.s[components]
     U = factors.U[:, components]
     if row_weights is not None:
@@ -115,8 +118,8 @@ def component_bits(shape: tuple[int, int], bits: int) -> int:
 
 def _kept(simulation: Simulation, choice: Tensor) -> tuple[Tensor, Tensor]:
     """Components that keep any bits, by width descending, then by index; and their widths."""
-    table = torch.tensor([*simulation.widths, 0], dtype=torch.int32)
-    bits = table[choice]
+    bits = torch.tensor([*simulation.widths, 0], dtype=torch.int32)[choice]
     order = torch.sort(bits, descending=True, stable=True).indices
     order = order[bits[order] > 0]
-    return order, bits[order]
+    device = simulation.errors.device
+    return order.to(device), bits[order].to(device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamix.errors import CheckpointError, FingerprintError, reason
+from adamix.parallel import available_cores, in_order
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -143,11 +146,29 @@ def _locate(source: str) -> Path:
         ) from error
 
 
+@dataclass(frozen=True)
+class TensorDigest:
+    """What a fingerprint takes of one tensor."""
+
+    label: bytes
+    sha256: bytes  # of all its bytes; none where only samples are asked for
+    sampled: bytes
+
+
+def digest(name: str, tensor: Tensor, *, full: bool = True) -> TensorDigest:
+    """A tensor's part of a fingerprint; many can be made side by side."""
+    label = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return TensorDigest(label, hashlib.sha256(data).digest() if full else b"",
+                        b"".join(data[block] for block in _sampled_blocks(len(data))))
+
+
 class Fingerprint:
     """Identifies a base by its tensors: names, shapes, dtypes and contents, in name order.
 
-    `sha256` covers every byte; `sampled` covers 64 KiB a tensor at fixed offsets (16 blocks of
-    4 KiB, evenly spread), which is enough to tell one model from another when it is loaded.
+    `sha256` is the hash of all tensors' labels and hashes, and so covers every byte; `sampled`
+    covers 64 KiB a tensor at fixed offsets (16 blocks of 4 KiB, evenly spread), which is enough to
+    tell one model from another when it is loaded.
     """
 
     def __init__(self, *, full: bool = True) -> None:
@@ -156,14 +177,13 @@ class Fingerprint:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in the next tensor; call in name order."""
-        label = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-        data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        self.take(digest(name, tensor, full=self._full is not None))
+
+    def take(self, found: TensorDigest) -> None:
+        """Take in what `digest` made of the next tensor; call in name order."""
         if self._full is not None:
-            self._full.update(label)
-            self._full.update(data)
-        self._sampled.update(label)
-        for block in _sampled_blocks(len(data)):
-            self._sampled.update(data[block])
+            self._full.update(found.label + found.sha256)
+        self._sampled.update(found.label + found.sampled)
 
     def result(self) -> dict[str, str]:
         """{"sha256": ..., "sampled": ...}, hexadecimal; the latter alone unless full."""
@@ -174,8 +194,11 @@ class Fingerprint:
 def fingerprint_of(base: Checkpoint, *, full: bool) -> dict[str, str]:
     """A base's fingerprint; not full, only the sampled parts of its files are read."""
     fingerprint = Fingerprint(full=full)
-    for name in base.names:
-        fingerprint.add(name, base.read(name))
+    with ThreadPoolExecutor(available_cores()) as threads:
+        digests = in_order(threads, lambda name: digest(name, base.read(name), full=full),
+                           base.names, available_cores())
+        for found in digests:
+            fingerprint.take(found)
     return fingerprint.result()
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from adamix.artifacts import SMALL, WeightPair
 from adamix.errors import MismatchError, NonFiniteError
+from adamix.parallel import in_order
 from adamix.source.architecture import Architecture
-from adamix.source.checkpoints import Checkpoint, Fingerprint
+from adamix.source.checkpoints import Checkpoint, Fingerprint, TensorDigest, digest
 
 
 class Treatment(Enum):
@@ -154,36 +156,49 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> Weight
 
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
            compress_embeddings: bool = True, compress_vision: bool = True,
+           executor: Executor | None = None, ahead: int = 1,
            on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
     """Read every tensor of both once: compare, look for NaN and Inf, hash, decide.
 
     Args:
+        executor: works on tensors side by side; None: on one after the other.
+        ahead: tensors at a time there.
         compress_embeddings: False keeps the embedding and the head whole.
         compress_vision: False keeps whole what is outside of the language model.
-        on_tensor: called with each name before it is read.
+        on_tensor: called with each name when it is done.
 
     Raises:
         NonFiniteError: a weight is NaN or Inf.
     """
     whole = _kept_whole(architecture, compress_embeddings, compress_vision)
+    names = sorted({*base.names, *finetuned.names})
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
-    for name in sorted({*base.names, *finetuned.names}):
+
+    def look(name: str) -> tuple[list[TensorDigest | None], list[Target]]:
+        sides = [source.read(name) if name in source else None for source in (base, finetuned)]
+        digests = [None if side is None else digest(name, side) for side in sides]
+        if sides[1] is None:
+            return digests, []
+        for side, values in zip(("base", "fine-tune"), sides, strict=True):
+            _check_finite(name, side, values)
+        return digests, _decide(name, *sides, architecture, whole)
+
+    found = map(look, names) if executor is None else in_order(executor, look, names, ahead)
+    for name, (digests, some) in zip(names, found, strict=True):
+        for fingerprint, one in zip(fingerprints, digests, strict=True):
+            if one is not None:
+                fingerprint.take(one)
+        targets += some
         on_tensor(name)
-        base_tensor = base.read(name) if name in base else None
-        if base_tensor is not None:
-            fingerprints[0].add(name, base_tensor)
-        if name in finetuned:
-            tensor = finetuned.read(name)
-            fingerprints[1].add(name, tensor)
-            for side, values in (("base", base_tensor), ("fine-tune", tensor)):
-                _check_finite(name, side, values)
-            targets += _decide(name, base_tensor, tensor, architecture, whole)
     absent = [name for name in base.names if name not in finetuned]
-    return Survey(targets, fingerprints[0].result(), fingerprints[1].result(), absent)
+    return Survey(targets, *(fingerprint.result() for fingerprint in fingerprints), absent)
 
 
 def _check_finite(name: str, side: str, values: Tensor | None) -> None:
-    if values is not None and values.is_floating_point() and not torch.isfinite(values).all():
+    if values is None or not values.is_floating_point() or not values.numel():
+        return
+    least, most = values.aminmax()  # both NaN where any is; no array is made of it
+    if not (least.isfinite() and most.isfinite()):
         raise NonFiniteError(f"{name} of the {side} holds NaN or Inf")
 
 

@@ -146,6 +146,28 @@ TEST_F(EachToken, InASegment) {
   check<Half>(none);
 }
 
+// Outputs enough for wide tiles on a device of up to 160 multiprocessors: whole panels and a part
+// of one, more words than shared memory has room for, layers of both kinds of sizes.
+TEST_F(EachToken, WideTiles) {
+#if defined(ADAMIX_EMULATED)
+  emulator::device.multiprocessors = 1;
+  const int64_t out = 2080;
+#else
+  const int64_t out = 42000;
+#endif
+  for (const int64_t alignment : {1, 4}) {
+    Bank bank = mixed_bank(40, out, alignment);
+    bank.add({0, 17, 0, 33, 0, 600, 900, 31}, 7);
+    const auto last = static_cast<int32_t>(bank.capacity() - 1);
+    check_slots<BFloat16>({{bank}, {}}, {0, 3, last});
+    check_slots<float>({{mixed_bank(40, 70, alignment), mixed_bank(40, out + 25, alignment)}, {}},
+                       {3, 0});
+  }
+#if defined(ADAMIX_EMULATED)
+  emulator::device = emulator::Device{};
+#endif
+}
+
 // More runs than thread blocks, more panels than warps, more codes than shared memory has room for.
 TEST_F(EachToken, LargeSizes) {
   Bank tall{300, 700, 4};

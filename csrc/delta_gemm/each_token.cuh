@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "common/cuda_instructions.cuh"
 #include "common/cuda_launch.cuh"
@@ -16,7 +17,8 @@
 // whole numbers and so with the same bits:
 //
 //   down   z = scale · V x      a thread block: runs of 8 components of a token and a layer
-//   up     y += U z             a thread block: tiles of 32 to 256 outputs of a token
+//   up     y += U z             a thread block: tiles of 32 to 128 outputs of a token, or, where
+//                               there are many, a panel of 256 outputs
 //
 // Words go straight to registers, each thread's all at once. The slot, the tables and x are read
 // side by side; a thread block is of one token, so one row of a table tells it what is its own:
@@ -75,18 +77,40 @@ inline int parts_of_token(const DeltaGemmCudaArgs& args, const Device& device) {
   return std::max(blocks / static_cast<int>(args.tokens), 1);
 }
 
-// Both need is_each_token(args).
+constexpr int kWideShift = 3;  // tiles of 1 << 3 blocks, a panel, are each_token_wide_up.cu's
+
+// Tiles of 1 << shift blocks, those of all layers one after the other.
+inline int count_tiles(const DeltaGemmCudaArgs& args, int shift, int* first) {
+  for (int i = 0; i < args.layer_count; ++i) {
+    const int64_t each = int64_t{kBlockCodes} << shift;
+    first[i + 1] = first[i] + static_cast<int>((args.layers[i].out + each - 1) / each);
+  }
+  return first[args.layer_count];
+}
+
+// Of `up`, what keeps its thread blocks busy for the least time: counted in that of a block of
+// lanes, of which a tile costs about two more.
+inline int tile_shift_of(const DeltaGemmCudaArgs& args, const Device& device) {
+  const int parts = parts_of_token(args, device);
+  int first[kMaxLayers + 1] = {}, best = 0, least = std::numeric_limits<int>::max();
+  for (int shift = 0; shift <= kWideShift; ++shift) {
+    const int rounds = (count_tiles(args, shift, first) + parts - 1) / parts;
+    const int cost = rounds * ((1 << shift) + 2);
+    if (cost < least) least = cost, best = shift;
+  }
+  return best;
+}
+
+// These need is_each_token(args), the last one wide tiles.
 cudaError_t launch_each_token_down(const DeltaGemmCudaArgs& args, cudaStream_t stream);
 cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+cudaError_t launch_each_token_wide_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
 
-// So many rows of a table are read beside the slot: a thread a word, a way to memory less.
-constexpr int kRowsBeside = kEachThreads / kTableColumns;
-
+// A word a thread of the thread block; the last one is the slot.
+template <int kThreads>
 struct alignas(16) SharedRows {
-  int64_t words[kEachThreads];  // the last one is the slot
+  int64_t words[kThreads];
 };
-constexpr int kSlotWord = kEachThreads - 1;
-static_assert(kRowsBeside * kTableColumns <= kSlotWord);
 
 // The slot of a token that is in a segment, by one warp; -1: in none of them.
 __device__ __noinline__ inline int slot_in_segments(const DeltaGemmCudaArgs& args, int token) {
@@ -113,7 +137,12 @@ __device__ __noinline__ inline int slot_in_segments(const DeltaGemmCudaArgs& arg
 }
 
 // The row of a token's slot in a layer's table, in steps: fetch, store, a barrier, find.
+template <int kThreads = kEachThreads>
 class RowOfToken {
+  // So many rows of a table are read beside the slot: a thread a word, a way to memory less.
+  static constexpr int kRowsBeside = kThreads / kTableColumns, kSlotWord = kThreads - 1;
+  static_assert(kRowsBeside * kTableColumns <= kSlotWord);
+
  public:
   __device__ __forceinline__ void fetch(const DeltaGemmCudaArgs& args, int layer, int token) {
     const int i = threadIdx.x, capacity = static_cast<int>(args.capacity);
@@ -132,13 +161,13 @@ class RowOfToken {
     }
   }
 
-  __device__ __forceinline__ void store(SharedRows& shared) const {
+  __device__ __forceinline__ void store(SharedRows<kThreads>& shared) const {
     shared.words[threadIdx.x] = word_;
   }
 
   // Where the row begins; -1: there is no such slot.
   __device__ __forceinline__ static int find(const DeltaGemmCudaArgs& args,
-                                             const SharedRows& shared) {
+                                             const SharedRows<kThreads>& shared) {
     const int slot = static_cast<int>(shared.words[kSlotWord]);
     const int capacity = static_cast<int>(args.capacity);
     if (slot < 0 || slot >= capacity) return -1;

@@ -1,19 +1,18 @@
-#include <limits>
-
 #include "common/cuda_launch.cuh"
 #include "delta_gemm/each_token_up_codes.cuh"
 #include "delta_gemm/elements.cuh"
 
-// y += U z; see each_token.cuh. A tile: 1, 2, 4 or 8 adjacent blocks of U's lanes, so 32 to 256
+// y += U z; see each_token.cuh. A tile: 1, 2 or 4 adjacent blocks of U's lanes, so 32 to 128
 // outputs, all components; a thread block has some of a token's that follow each other. U's codes
 // become an operand of the byte product (each_token_up_codes.cuh), those of the first tile while
 // `down` still runs. Then come z's digits, in columns 0 1 2, and each warp has 16 outputs and every
-// so many-th pair of groups.
+// so many-th pair of groups. Wider tiles: each_token_wide_up.cu.
 namespace adamix {
 namespace {
 
-constexpr int kMaxShift = 3;   // a tile is in one panel
-constexpr int kSumDigits = 4;  // of an output in shared memory: one is padding
+constexpr int kMaxShift = kWideShift - 1;
+constexpr int kWarpBlocks = 32 / kGroupQuads;  // that a warp turns at a time
+constexpr int kSumDigits = 4;                  // of an output in shared memory: one is padding
 
 struct UpPlan {
   int shift;   // a tile has 1 << shift blocks
@@ -24,7 +23,7 @@ struct UpPlan {
 };
 
 struct alignas(16) UpShared {
-  SharedRows rows;
+  SharedRows<kEachThreads> rows;
   int32_t sums[kBlockRows << kMaxShift][kTileRows][kSumDigits];
   uint32_t largest[32];      // of each warp's values
   int64_t tops[kEachWarps];  // sums of each warp's numbers times the largest code of their width
@@ -35,9 +34,9 @@ template <typename T, int kShift, bool kOneTile>
 class EachTokenUp {
   // Of a tile, and what else follows from it.
   static constexpr int kBlocks = 1 << kShift, kOutputs = kBlockCodes * kBlocks;
-  static constexpr int kRows = kBlockRows * kBlocks;               // of 16 outputs
-  static constexpr int kSplits = kEachWarps / kRows;               // warps that share them
-  static constexpr int kStageGroups = (1 << kMaxShift) / kBlocks;  // of a stage
+  static constexpr int kRows = kBlockRows * kBlocks;          // of 16 outputs
+  static constexpr int kSplits = kEachWarps / kRows;          // warps that share them
+  static constexpr int kStageGroups = kWarpBlocks / kBlocks;  // of a stage
   static constexpr int kGroupWords = kBlockWords * kBlocks;
   static constexpr int kUnroll = kSplits > 2 ? 1 : 2;  // steps of a warp, which has some or many
 
@@ -86,12 +85,12 @@ class EachTokenUp {
 
   // Whether it has waited for `down`.
   __device__ __forceinline__ bool run_layer(int first, int last) {
-    RowOfToken row_of_token;
+    RowOfToken<> row_of_token;
     row_of_token.fetch(args_, layer_, token());
     zero_sums();
     row_of_token.store(shared_.rows);
     __syncthreads();
-    const int row = RowOfToken::find(args_, shared_.rows);
+    const int row = RowOfToken<>::find(args_, shared_.rows);
     if (row < 0) return false;
     row_ = shared_.rows.words + row;
     const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
@@ -195,31 +194,10 @@ class EachTokenUp {
 
   // z's digits. A barrier must follow.
   __device__ __forceinline__ void prepare_z(const Widths& widths) {
-    const int quads = widths.groups() * kGroupQuads, mine = threadIdx.x;
     wait_for_previous_kernel();
     const auto* z = reinterpret_cast<const float4*>(z_of(args_, layer_, token(), plan_.z_row));
-    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (mine < quads) four = z[mine];
-    load_y();
-    int top = widths.top_code_of(mine / kGroupQuads);  // while z is on its way
-    uint32_t largest = 0;
-#pragma unroll 1
-    for (int i = mine + kEachThreads; i < quads; i += kEachThreads) {
-      largest = max(largest, largest_of(z[i]));
-    }
-    put_warp_max(max(largest, largest_of(four)), shared_.largest);
-    __syncthreads();
-    const Unit unit = unit_for(max_of_warps(shared_.largest, kEachWarps));
-    unit_ = unit.unit;
-    int64_t tops = 0;
-#pragma unroll 1
-    for (int i = mine; i - mine < quads;) {
-      if (i < quads) tops += int64_t{top} * store_quad(four, unit, planes_ + i, plan_.plane_words);
-      i += kEachThreads;
-      if (i < quads) four = z[i];
-      if (i - mine < quads) top = widths.top_code_of(i / kGroupQuads);
-    }
-    tops_ = tops;
+    unit_ = store_z<kEachThreads>(z, widths, shared_.largest, planes_, plan_.plane_words, tops_,
+                                  [&] { load_y(); });
   }
 
   // --- product
@@ -310,7 +288,7 @@ class EachTokenUp {
   const int64_t* row_ = nullptr;
   float unit_ = 0.0f;
   int64_t tops_ = 0;  // sum of all numbers times the largest code of their width
-  T y_;  // before
+  T y_;               // before
 };
 
 template <typename T, int kShift, bool kOneTile>
@@ -331,25 +309,10 @@ auto kernel_of(Element element) {
 
 template <bool kOneTile>
 auto kernel_of(Element element, int shift) {
-  static_assert(kMaxShift == 3);
+  static_assert(kMaxShift == 2);
   return shift == 0   ? kernel_of<0, kOneTile>(element)
          : shift == 1 ? kernel_of<1, kOneTile>(element)
-         : shift == 2 ? kernel_of<2, kOneTile>(element)
-                      : kernel_of<3, kOneTile>(element);
-}
-
-// Tiles of 1 << shift blocks, those of all layers one after the other.
-int count_tiles(const DeltaGemmCudaArgs& args, int shift, int* first) {
-  for (int i = 0; i < args.layer_count; ++i) {
-    const int64_t each = int64_t{kBlockCodes} << shift;
-    first[i + 1] = first[i] + static_cast<int>((args.layers[i].out + each - 1) / each);
-  }
-  return first[args.layer_count];
-}
-
-// What a thread block does, in the time of a block of lanes; a tile costs about two more.
-int cost_of_part(int tiles, int parts, int shift) {
-  return (tiles + parts - 1) / parts * ((1 << shift) + 2);
+                      : kernel_of<2, kOneTile>(element);
 }
 
 }  // namespace
@@ -358,20 +321,17 @@ cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   Device device;
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess) return status;
-  const int most = parts_of_token(args, device);
   UpPlan plan = {};
-  int cost = std::numeric_limits<int>::max();
-  for (int shift = 0; shift <= kMaxShift; ++shift) {
-    const int own = cost_of_part(count_tiles(args, shift, plan.first_tile), most, shift);
-    if (own < cost) cost = own, plan.shift = shift;
-  }
+  plan.shift = tile_shift_of(args, device);
+  if (plan.shift == kWideShift) return launch_each_token_wide_up(args, stream);
+  const int most = parts_of_token(args, device);
   const int tiles = count_tiles(args, plan.shift, plan.first_tile);
   plan.z_row = each_token_z_row(args);
   const int groups = plan.z_row / kGroupLanes;
-  plan.plane_words = (groups * kGroupQuads + 31) / 32 * 32 + 8;
+  plan.plane_words = plane_words_of(plan.z_row);
   const int fixed = static_cast<int>(sizeof(UpShared)) + kDigits * plan.plane_words * 4;
   const int group_bytes = kBlockWords * 4 << plan.shift;
-  const int of_stage = 1 << (kMaxShift - plan.shift);
+  const int of_stage = kWarpBlocks >> plan.shift;
   const int share =
       (device.shared_bytes + kReservedBytes) / kEachPerMultiprocessor - kReservedBytes;
   const int room = (share - fixed) / (group_bytes * of_stage);

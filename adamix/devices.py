@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from adamix.memory import MemoryPlan, Sizes
 JOBS = 4  # groups of matrices at a time on a GPU: some wait for solvers, others keep it busy
 DEVICE_BYTES = 20e9  # of a GPU's memory that are used where there is more: enough to keep it busy
 SHARE = 0.9  # of its free memory at most
+ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user sets them by
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype
     if not has_kernels:
         raise DeviceError("this adamix was built without CUDA: build it with ADAMIX_CUDA=ON, or "
                           "give --device cpu")
+    # Matrices of many sizes come and go: torch would hold a third more than is in use at any time.
+    if not torch.cuda.is_initialized() and not ALLOCATOR_OPTIONS & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     index = torch.cuda.current_device() if found.index is None else found.index
     # torch loads its linear algebra at the first use, and fails where two threads are first.
     torch.linalg.cholesky(torch.eye(1, device=torch.device("cuda", index)))

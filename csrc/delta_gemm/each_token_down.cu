@@ -19,7 +19,6 @@ constexpr int kRunLanes = 8;
 constexpr int kHalfBlocks = kPanelBlocks / 2;
 constexpr int kAtOnce = 4;             // vectors of x on their way to a thread
 constexpr int kLine = 32;              // words
-constexpr int kMostOfU = 1 << 22;      // words, of all layers: what L2 has room for
 constexpr int kSumDigits = 4;          // of a component in shared memory: one is padding
 constexpr int kMostRuns = kEachWarps;  // of a thread block: a warp each for what comes of them
 
@@ -28,7 +27,6 @@ struct DownPlan {
   int plane_bytes;     // of a digit of x: planes begin in different banks
   int z_row;
   int first_part[kMaxLayers + 1];  // of a layer: thread blocks of a token
-  int u_words;                     // of a layer's U, brought into L2 for `up`
 };
 
 struct alignas(16) DownShared {
@@ -92,7 +90,7 @@ class EachTokenDown {
                         [](uint32_t count) { return (count + kRunLanes - 1) / kRunLanes; });
     if (widths.empty()) return;
     take_runs(widths.units());
-    if (first_run_ >= end_run_) return prefetch_u(widths);
+    if (first_run_ >= end_run_) return;
     panel_words_ = widths.column_words() * kPanelBlocks;
     multiply_runs(widths);
   }
@@ -119,7 +117,6 @@ class EachTokenDown {
     uint32_t words[2][kMaxBits];
     if (first.number < runs()) load(first, words);
     prefetch_panels(widths, first.run);
-    prefetch_u(widths);
     const int own = kEachWarps - 1 - warp;  // the last warps have the fewest units
     Place own_run = {};
     float* z = nullptr;
@@ -239,19 +236,6 @@ class EachTokenDown {
         prefetch(words + i);
       }
     }
-  }
-
-  // Of wide layers, whose `up` finds no room beside this kernel: U comes into L2 meanwhile, a share
-  // of it by each thread block.
-  __device__ __forceinline__ void prefetch_u(const Widths& widths) const {
-    if (plan_.u_words == 0) return;
-    const int first = plan_.first_part[layer_], parts = plan_.first_part[layer_ + 1] - first;
-    const auto blocks = static_cast<int>(block_count(args_.layers[layer_].out));
-    const int words = min(blocks * widths.column_words(), plan_.u_words);
-    const uint32_t* u = args_.arena + row_[kTableUOffset];
-    const int thread = (part() - first) * kEachThreads + static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int i = thread * kLine; i < words; i += parts * kEachThreads * kLine) prefetch(u + i);
   }
 
   // --- x
@@ -395,12 +379,8 @@ cudaError_t launch_each_token_down(const DeltaGemmCudaArgs& args, cudaStream_t s
                    static_cast<int>(block_count(args.in)),
                    panels * kPanelCodes + 16,
                    each_token_z_row(args),
-                   {},
-                   0};
+                   {}};
   divide_parts(args, device, plan);
-  if (args.tokens == 1 && tile_shift_of(args, device) == kWideShift) {
-    plan.u_words = kMostOfU / args.layer_count;
-  }
   const auto parts = static_cast<unsigned>(plan.first_part[args.layer_count]);
   const Grid grid = {dim3(parts, static_cast<unsigned>(args.tokens)), kEachThreads,
                      sizeof(DownShared) + kDigits * static_cast<size_t>(plan.plane_bytes)};

@@ -9,7 +9,8 @@
 //   shared memory   row of the table, sums | z's digits, 3 planes | words of the panel
 //
 // The byte product (few_tokens_up_product.cuh) reads codes there and digits as its columns 0 1 2;
-// each warp has every 8th run of 32 lanes, of wide codes 16.
+// each warp has every 8th run of 32 lanes, of wide codes 16. What bounds the time is that 8 warps
+// are few: to have U in L2 already, brought there by `down`, saved nothing.
 namespace adamix {
 namespace {
 

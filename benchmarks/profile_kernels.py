@@ -25,12 +25,11 @@ CASES = (("3584x3584", 1, 1), ("gate_up", 1, 1), ("4096x4096", 32, 1), ("3584x18
 CALLS, BEFORE = 2, 4  # calls that are profiled, after so many that are not
 KERNELS = {False: ("down", "up"), True: ("sort", "down", "join", "up")}  # by many tokens
 MANY = 128
-SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "ComputeWorkloadAnalysis")
+SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats")
 TIME = "gpu__time_duration.sum"
 SHARES = {"memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
           "L2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
-          "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
-          "tensor": "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active"}
+          "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active"}
 STALL, STALL_END = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 SELECTED = {"selected", "not_selected"}  # what are no stalls
 SHOWN = 4  # reasons

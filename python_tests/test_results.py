@@ -76,6 +76,10 @@ def test_what_the_text_says_of_kernels_is_in_the_rows():
     own = [key[:-1] for key in of if key[-1] == "adamix"]
     over_base = [of[(*key, "adamix")] / of[(*key, "base GEMM")] for key in own
                  if key[2] in (4, 16, 128) and (*key, "base GEMM") in of]
+
+    def of_base(shape):
+        return of[shape, 1, 512, "adamix"] / of[shape, 1, 512, "base GEMM"]
+
     low_rank = [of[(*key, "low rank")] / of[(*key, "adamix")] for key in own
                 if key[1] >= 16 and key[2] == 1 and (*key, "low rank") in of]
     for said in (
@@ -83,6 +87,9 @@ def test_what_the_text_says_of_kernels_is_in_the_rows():
             f"take {of['4096x4096', 32, 1, 'adamix']:.1f} µs (target 30)",
             f"take {of['3584x3584', 1, 512, 'adamix']:.1f} µs on top of the base's "
             f"{of['3584x3584', 1, 512, 'base GEMM']:.1f} (",
+            f"together take {of['3584x(3584+512+512)', 1, 1, 'adamix']:.2f} (target 4.5), gate and "
+            f"up together {of['3584x(18944+18944)', 1, 1, 'adamix']:.1f} (",
+            f"they take {of_base('3584x18944'):.2f} and {of_base('18944x3584'):.2f} of the base's",
             f"up to {max(over_base):.1f} times as long as the base GEMM",
             f"need {min(low_rank):.1f} to {max(low_rank):.1f} of its time"):
         assert said in words(README), said

@@ -162,7 +162,7 @@ def peak_of(function):
 @pytest.mark.parametrize("at_a_time", [1, 2**26])
 @pytest.mark.parametrize("out, n, weighted, ratio", [
     (256, 256, False, 16), (128, 512, False, 4), (512, 128, False, 4), (2000, 64, True, 4),
-    (2000, 64, False, 16)])
+    (2000, 64, True, 16), (2000, 64, False, 16)])
 def test_a_matrix_takes_no_more_than_its_bound(monkeypatch, out, n, weighted, ratio, at_a_time):
     monkeypatch.setattr(simulate, "AT_A_TIME", {"cpu": at_a_time})
     monkeypatch.setattr(devices, "AT_A_TIME", {"cuda": at_a_time})
@@ -196,6 +196,7 @@ def test_jobs_run_side_by_side_as_far_as_is_planned():
     assert most() == PLAN.making
     assert most(small) == 4 * GIB + PLAN.making  # while the next block is calibrated
     assert most(small, small, small) == max(3 * 4 * GIB + GIB, 2 * 4 * GIB + PLAN.making)
+    assert most(*[Job(GIB, 2 * GIB, 0)] * 10) == JOBS * 2 * GIB + PLAN.making
     assert most(Job(8 * GIB, 9 * GIB, 1)) == 9 * GIB + GIB  # no room to calibrate beside it
     assert most(Job(12 * GIB, 13 * GIB, 1)) == 13 * GIB + GIB  # alone, though not planned for
     # With no Gram matrix it comes before there are hidden states.

@@ -154,6 +154,7 @@ def estimate(
     widths: Widths = None,
     allocate: Allocate = None,
     embeddings: Embeddings = None,
+    device: Device = None,
     max_memory: MaxMemory = None,
     as_json: AsJson = False,
 ) -> None:
@@ -165,7 +166,7 @@ def estimate(
     _quiet()
     from adamix.estimation import estimate as run
 
-    found = run(base, finetuned, config, calibration=calibration, threads=threads,
+    found = run(base, finetuned, config, calibration=calibration, threads=threads, device=device,
                 max_memory=in_bytes(max_memory))
     if as_json:
         display.show_json(reports.estimate_json(found))

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from adamix.compression.hessian import COLUMNS
 from adamix.compression.matrix import component_bits
+from adamix.compression.simulate import AT_A_TIME
 from adamix.config import Config
+from adamix.costs import planned_rank
 from adamix.errors import DeviceError
 from adamix.memory import MemoryPlan, Sizes
 
@@ -18,6 +21,7 @@ JOBS = 4  # groups of matrices at a time on a GPU: some wait for solvers, others
 DEVICE_BYTES = 20e9  # of a GPU's memory that are used where there is more: enough to keep it busy
 SHARE = 0.9  # of its free memory at most
 ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user sets them by
+RANK_SPREAD = 1.35  # times the planned rank that a matrix keeps at most, as test_costs.py has it
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,40 @@ def matrix_device_bytes(shape: tuple[int, int], budget_bits: int, config: Config
     simulate = 24 * lanes * n + 16 * candidates * (out + n)
     error = 16 * weights + 8 * n * n
     return max(hessian, kept + pair + max(decompose, simulate, error))
+
+
+def peak_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int, config: Config, *,
+                      weighted: bool = False) -> int:
+    """The most that compressing one matrix `[out, in]` holds of a GPU, array by array: an upper
+    bound, where `matrix_device_bytes` is what is planned with.
+
+    Args:
+        itemsize: of a weight as stored.
+        weighted: its rows have weights, as an embedding's have.
+    """
+    out, n = shape
+    least = component_bits(shape, min(config.bit_widths))
+    candidates = min(budget_bits // least, out, n)
+    lanes, small = candidates * len(config.bit_widths), min(out, n)
+    rank = min(candidates, int(RANK_SPREAD * planned_rank(shape, budget_bits, config)))
+    weights, U, V = out * n, candidates * out, candidates * n
+    # H, H in GPTQ's order and its factor; then that factor's inverse, some columns at a time.
+    hessian = max(28 * n * n, 24 * n * n + 24 * n * min(n, COLUMNS))
+    kept = (24 if out > n else 16) * n * n
+    pair = (2 * itemsize + 12) * weights  # both sides, ΔW in fp32 and fp64
+    by_row = 8 * weights if weighted else 0
+    eigen = 48 * small * small  # the matrix, its eigenvectors, and the solver's workspace
+    if out > n:
+        decompose = 8 * weights + max(eigen, 16 * n * n + 16 * U + 24 * V)
+    else:
+        decompose = max(8 * weights + 8 * out * out, eigen, 8 * out * out + 16 * U + 24 * V)
+    entries = min(max(AT_A_TIME["cuda"], lanes), lanes * out)  # of U at all widths, at a time
+    columns = lanes * n + (12 if weighted else 8) * U + 32 * entries
+    simulate = 8 * (U + V) + max(14 * (lanes + 128) * n, lanes * n + 32 * V, columns)
+    quantize = 8 * (U + V) + lanes * n + 28 * rank * (out + n)
+    restored = 2 * rank * (out + n) + 16 * rank * max(out, n)  # the codes, and one factor of Δ̂
+    error = 8 * weights + 8 * n * n + restored  # when the fp64 ΔW of `pair` is gone
+    return max(hessian, kept + pair + max(by_row + max(decompose, simulate, quantize), error))
 
 
 def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int) -> MemoryPlan:

@@ -81,7 +81,7 @@ def _of_layer(summary: Summary) -> list[MatrixRow]:
 def estimate_json(found: Estimate) -> dict[str, object]:
     return {"bytes": found.bytes, "bytes_16bit": found.bytes_16bit, "ratio": found.ratio,
             "kept_whole": found.whole, "matrices": found.matrices, "threads": found.threads,
-            "seconds": found.seconds, "total_seconds": found.total_seconds,
+            "device": found.device, "seconds": found.seconds, "total_seconds": found.total_seconds,
             "memory": found.memory, "peak_bytes": found.peak_bytes, "gpu_bytes": found.gpu_bytes}
 
 
@@ -90,13 +90,15 @@ def show_estimate(found: Estimate) -> None:
     stages = ", ".join(f"{stage} {display.seconds_text(spent)}"
                        for stage, spent in found.seconds.items())
     fullest = max(found.memory, key=found.memory.__getitem__)
-    gpu = size(found.gpu_bytes) if found.gpu_bytes else "none: compress works on the CPU"
+    gpu, where = "none: compress works on the CPU", f"{found.threads} threads"
+    if found.gpu_bytes:
+        gpu, where = f"{size(found.gpu_bytes)} at most", f"{found.device} and {where}"
     display.show_facts([
         ("size", f"{size(found.bytes)}, everything counted: 1/{found.ratio:.2f} of the "
                  f"{size(found.bytes_16bit)} that differ if all of the fine-tune does"),
         *_kept_whole(found.whole),
-        ("time", f"{display.seconds_text(found.total_seconds)} on {found.threads} threads, to a "
-                 f"factor of 2: {stages}"),
+        ("time", f"{display.seconds_text(found.total_seconds)} on {where}, to a factor of "
+                 f"2: {stages}"),
         ("memory", f"{size(found.peak_bytes)} at most, in the stage: {fullest}"),
         ("GPU memory", gpu)])
 

@@ -14,10 +14,11 @@ from tiny_models import one_thread as one_thread
 from typer.testing import CliRunner
 
 import adamix
-from adamix import estimation
+from adamix import estimation, pipeline
 from adamix.__main__ import app
 from adamix.config import Config
 from adamix.costs import Work
+from adamix.devices import CPU
 from adamix.errors import BudgetError, CalibrationError, MemoryLimitError, MismatchError
 from adamix.estimation import Estimate, estimate
 from adamix.pipeline import compress
@@ -30,6 +31,13 @@ TEXT = [f"document {i} says {i * i}" for i in range(30)]
 CONFIG = Config(bits_per_weight=3.0, bit_widths=(8, 4, 3, 2), calibration_sequences=8,
                 calibration_length=32)  # what compressed_pair() does
 STEADY = Work(*[1e-9] * 10)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Also where a GPU is."""
+    for module in (estimation, pipeline):
+        monkeypatch.setattr(module, "find_compute", lambda *arguments: CPU)
 
 
 @pytest.fixture
@@ -117,6 +125,7 @@ def test_the_memory_is_a_bound_of_what_compress_takes(tmp_path, calibration):
     pair, text = compressed_pair(), tmp_path / "text.txt"
     text.write_text("\n".join(TEXT))
     options = ["--bits", "3", "--sequences", "64", "--length", "64", "--threads", "2",
+               "--device", "cpu",
                *(["--calibration", text] if calibration else [])]
     done = run("compress", pair.base, pair.finetuned, "-o", tmp_path / "d", *options)
     found = run("estimate", pair.base, pair.finetuned, *options)
@@ -204,7 +213,8 @@ def test_the_command_prints_for_people_and_for_programs(monkeypatch):
     monkeypatch.setattr(estimation, "estimate", stub)
     options = ["estimate", "a", "b", "--ratio", "8", "--preset", "paper", "--sequences", "3",
                "--length", "5", "--threads", "2", "--passes", "3", "--widths", "8,2",
-               "--calibration", "t.txt", "--no-embeddings", "--max-memory", "1.5"]
+               "--calibration", "t.txt", "--no-embeddings", "--max-memory", "1.5",
+               "--device", "cpu"]
     printed = CliRunner().invoke(app, options).stdout
     assert "9.32 KiB, everything counted: 1/16.00 of the 149.1 KiB" in printed
     assert "1 min 3 s on 2 threads" in printed and "read 1 min 1 s" in printed
@@ -212,7 +222,8 @@ def test_the_command_prints_for_people_and_for_programs(monkeypatch):
     assert "none: compress works on the CPU" in printed
     assert seen == {"config": Config.preset(
         "paper", ratio=8.0, passes=3, bit_widths=(8, 2), embeddings=False, calibration_sequences=3,
-        calibration_length=5), "calibration": "t.txt", "threads": 2, "max_memory": 1_500_000_000}
+        calibration_length=5), "calibration": "t.txt", "threads": 2, "device": "cpu",
+                    "max_memory": 1_500_000_000}
     body = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
     assert (body["bytes"], body["peak_bytes"], body["total_seconds"]) == (9_543, 2**30, 63.0)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adamix.calibration.sums import ALONE
 from adamix.compression.matrix import component_bits
 from adamix.config import Config
 from adamix.errors import DeviceError
@@ -89,7 +90,8 @@ def matrix_device_bytes(shape: tuple[int, int], budget_bits: int, config: Config
     return max(hessian, kept + pair + max(decompose, simulate, error))
 
 
-def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int) -> MemoryPlan:
+def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int,
+                sums: int = ALONE.at_once) -> MemoryPlan:
     """How calibrating and compressing share a GPU's memory.
 
     Args:
@@ -97,12 +99,16 @@ def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int) ->
         found: what calibrating handles, counted in fp32.
         grams: bytes of the Gram matrices of the block that has most of them.
         largest_job: of `matrix_device_bytes`.
+        sums: of one Gram matrix that are alive at a time.
     """
     share = compute.dtype.itemsize / 4
     free, _ = torch.cuda.mem_get_info(compute.device)
     free += torch.cuda.memory_reserved(compute.device)
     states = int(share * (found.states + found.resident))
-    making = 2 * grams + int(share * found.activations)
-    wanted = max(DEVICE_BYTES, states + max(making, largest_job))
+    activations = int(share * found.activations)
+    making = (sums + 1) * grams + activations  # a chunk's part is made beside the sums
+    # The sums of groups of chunks come on top of what keeps a GPU busy.
+    wanted = max(DEVICE_BYTES + (sums - 1) * grams, states + max(making, largest_job))
     limit = int(min(SHARE * free, wanted)) - states
-    return MemoryPlan(limit, 2 * grams, min(making, limit), 1, False)
+    return MemoryPlan(limit, max(min((sums + 1) * grams, limit - activations), 0),
+                      min(making, limit), 1, False)

@@ -26,7 +26,6 @@ Who talks, and why nobody waits for ever:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -36,18 +35,10 @@ from torch import Tensor
 
 from adamix.calibration.sums import ALONE, GROUPS, Share, Span, sums_at_once
 from adamix.devices import Compute
+from adamix.environment import is_launched, local_count
 from adamix.parallel import available_cores
 
 Value = TypeVar("Value")
-
-
-def rank_here() -> int:
-    """This process's rank among those that torchrun started, 0 in a process of its own."""
-    return int(os.environ.get("RANK", 0)) if _launched() else 0
-
-
-def _launched() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
 class Loads:
@@ -69,7 +60,11 @@ class Ranks:
     """The only process of a compression."""
 
     rank, count = 0, 1
-    cores = property(lambda self: available_cores())
+
+    @property
+    def cores(self) -> int:
+        """That this process is to use, if nothing else is said."""
+        return max(1, available_cores() // local_count())
 
     @property
     def is_main(self) -> bool:
@@ -194,7 +189,7 @@ def launched() -> Iterator[Ranks]:
     Raises:
         AdamixError: the first error of any rank, on all of them.
     """
-    if not _launched():
+    if not is_launched():
         yield Ranks()
         return
     from adamix.torchrun import Launched  # a process of its own needs nothing of it

@@ -23,8 +23,8 @@ from torch.distributed import distributed_c10d
 from adamix import errors
 from adamix.calibration.sums import Share
 from adamix.devices import Compute
+from adamix.environment import local_count, local_rank
 from adamix.errors import AdamixError, DeviceError, RankError, reason
-from adamix.parallel import available_cores
 from adamix.ranks import Part, Ranks, Value
 
 PATIENCE = timedelta(days=7)  # for another rank that is at work; one that died is noticed at once
@@ -57,27 +57,17 @@ class Launched(Ranks):
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
-    @property
-    def cores(self) -> int:
-        return max(1, available_cores() // self._here)
-
-    @property
-    def _here(self) -> int:
-        """How many ranks this machine has."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
-
     def device(self, asked: str | torch.device | None) -> str | torch.device | None:
         text = str(asked or "cuda")
         if not text.startswith("cuda") or not torch.cuda.is_available():
             return asked
-        if ":" in text and self._here > 1:
+        if ":" in text and local_count() > 1:
             raise DeviceError(f"each of several processes takes a GPU of its own: give --device "
                               f"cuda or none, not {text}")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise DeviceError(f"{self._here} processes were started on a machine with "
+        if local_rank() >= torch.cuda.device_count():
+            raise DeviceError(f"{local_count()} processes were started on a machine with "
                               f"{torch.cuda.device_count()} GPUs: one each is needed")
-        torch.cuda.set_device(local if ":" not in text else torch.device(text))
+        torch.cuda.set_device(torch.device(text) if ":" in text else local_rank())
         return asked
 
     def use(self, compute: Compute) -> None:
@@ -213,6 +203,7 @@ class Launched(Ranks):
     def part(self) -> None:
         """After an error: rank 0 says that it has told of it, all others wait for that."""
         self._over.set()
+        self._watcher.join()
         try:
             if self.is_main:
                 self._store.set(REPORTED, "")

@@ -193,9 +193,9 @@ def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: 
     free = limit - fixed - found.resident - (0 if on_disk else found.states)
     making = max(least, min(free // 3, free - largest_job))
     a_chunk = found.activations + gram
-    at_a_time = max(1, min(threads, making // 2 // max(a_chunk, 1)))
-    grams = max(making - at_a_time * a_chunk, (sums + 1) * gram)
-    return MemoryPlan(free, grams, making, at_a_time, on_disk)
+    room = min(making // 2, making - (sums + 1) * gram)  # for chunks, at least one
+    at_a_time = max(1, min(threads, room // max(a_chunk, 1)))
+    return MemoryPlan(free, making - at_a_time * a_chunk, making, at_a_time, on_disk)
 
 
 def unbounded_bytes(found: Sizes, grams: int, largest_job: int, threads: int) -> int:

@@ -5,9 +5,9 @@
 A random pair in Qwen2.5-7B's shapes (made_models.py) is written, then compressed with 128 x 2048
 random tokens to calibrate by, in a process of its own: the time is that process's, from its start
 to its end. `--processes 2` compresses it on two GPUs of this machine, under torchrun: the time is
-torchrun's then, and the bytes (`sha256`) must be those of one. `--rival` then compresses one decoder
-layer, from its Gram matrices on, with adamix and in plain PyTorch (straightforward.py), the same
-steps at the same size.
+torchrun's then, and the bytes (`sha256`) must be those of one. `--rival` then compresses one
+decoder layer, from its Gram matrices on, with adamix and in plain PyTorch (straightforward.py), the
+same steps at the same size.
 """
 
 from __future__ import annotations

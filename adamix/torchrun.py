@@ -66,7 +66,8 @@ class Launched(Ranks):
                               f"cuda or none, not {text}")
         if local_rank() >= torch.cuda.device_count():
             raise DeviceError(f"{local_count()} processes were started on a machine with "
-                              f"{torch.cuda.device_count()} GPUs: one each is needed")
+                              f"{torch.cuda.device_count()} GPUs: one each is needed, or --device "
+                              f"cpu")
         torch.cuda.set_device(torch.device(text) if ":" in text else local_rank())
         return asked
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +41,7 @@ from adamix.arguments import (
     configuration,
     in_bytes,
 )
+from adamix.environment import is_launched, rank_here
 from adamix.errors import AdamixError
 from adamix.version import __version__
 
@@ -71,8 +74,25 @@ app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False,
                        "and serve it.")
 
 def main() -> None:
-    """The console script."""
-    app(prog_name="adamix")
+    """The console script. Of several processes that torchrun started the first one alone speaks."""
+    if not is_launched():
+        app(prog_name="adamix")
+        return
+    status: object = 1
+    try:
+        with open(os.devnull, "w") as nowhere:
+            if rank_here():
+                sys.stdout = sys.stderr = nowhere
+            app(prog_name="adamix")
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:  # a fault of ours, which is looked for where it is
+        traceback.print_exc(file=sys.__stderr__)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)  # threads may wait for those that ended
 
 
 def _show_version(wanted: bool) -> None:
@@ -120,7 +140,10 @@ def compress(
     restart: Restart = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compress FINETUNED's difference from BASE into a delta folder."""
+    """Compress FINETUNED's difference from BASE into a delta folder.
+
+    With several GPUs, or machines: torchrun --nproc-per-node N -m adamix compress ..
+    """
     config = configuration(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
         calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,

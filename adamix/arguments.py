@@ -46,9 +46,10 @@ Base = Annotated[str, typer.Argument(help="Base model: a folder or a Hugging Fac
 Finetuned = Annotated[str, typer.Argument(help="Fine-tuned model: a folder or a name.")]
 Delta = Annotated[Path, typer.Argument(help="A delta folder that `compress` wrote.")]
 MaxMemory = Annotated[float | None, typer.Option(
-    metavar="GB", help="Memory to keep to; the result is the same [default: no bound].")]
+    metavar="GB", help="Memory that a process keeps to; the result is the same [default: no "
+                       "bound].")]
 Device = Annotated[str | None, typer.Option(
-    help="cpu, cuda or cuda:N [default: a GPU where there is one].")]
+    help="cpu, cuda or cuda:N [default: a GPU where there is one; under torchrun one each].")]
 Restart = Annotated[bool, typer.Option(
     "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
@@ -62,7 +63,8 @@ Calibration = Annotated[str | None, typer.Option(
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Threads = Annotated[int | None, typer.Option(
-    min=1, help="Matrices at a time; the result is the same [default: all cores].")]
+    min=1, help="Matrices at a time; the result is the same [default: all cores; under torchrun "
+                "each process's share of them].")]
 Passes = Annotated[int | None, typer.Option(help="How often U is quantized.")]
 Widths = Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")]
 Allocate = Annotated[Allocation | None, typer.Option(

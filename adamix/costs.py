@@ -7,7 +7,7 @@ takes on this machine, and `estimation.py` multiplies the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass
 
 from transformers import PretrainedConfig
@@ -43,6 +43,19 @@ class Work:
     def seconds(self, rates: Work) -> float:
         """On one thread, at these seconds an operation."""
         return sum(map(math.prod, zip(astuple(self), astuple(rates), strict=True)))
+
+
+# Seconds an operation, roughly and in any unit: to weigh one matrix against another, anywhere.
+RELATIVE = Work(products_fp32=1, products_fp64=2, factors=2, eigen=20, gptq=2, scales=30,
+                candidates=1e6)
+
+
+def group_cost(shapes: Collection[tuple[int, int]], bits: Iterable[int], config: Config) -> float:
+    """The weight of matrices that read one input, beside other such groups."""
+    n = next(iter(shapes))[1]
+    works = [matrix_work(shape, budget, config)
+             for shape, budget in zip(shapes, bits, strict=True)]
+    return sum(works, hessian_work(n)).seconds(RELATIVE)
 
 
 def planned_rank(shape: tuple[int, int], budget_bits: int, config: Config) -> int:

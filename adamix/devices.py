@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from adamix.calibration.sums import ALONE
 from adamix.compression.hessian import COLUMNS
 from adamix.compression.matrix import component_bits
 from adamix.compression.simulate import AT_A_TIME
@@ -18,7 +19,7 @@ from adamix.errors import DeviceError
 from adamix.memory import MemoryPlan, Sizes
 
 JOBS = 4  # groups of matrices at a time on a GPU: some wait for solvers, others keep it busy
-DEVICE_BYTES = 20e9  # of a GPU's memory that are used where there is more: enough to keep it busy
+DEVICE_BYTES = 22e9  # of a GPU's memory that are used where there is more: enough to keep it busy
 SHARE = 0.9  # of its free memory at most
 ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user sets them by
 RANK_SPREAD = 1.35  # times the planned rank that a matrix keeps at most, as test_costs.py has it
@@ -82,26 +83,10 @@ def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype
     return Compute(torch.device("cuda", index), main if main.itemsize == 2 else torch.float32)
 
 
-def matrix_device_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> int:
-    """What compressing one matrix `[out, in]` takes of a GPU, its inputs' Gram matrix included."""
-    out, n = shape
-    least = component_bits(shape, min(config.bit_widths))
-    candidates = min(budget_bits // least, out, n)
-    lanes = candidates * len(config.bit_widths)
-    weights = out * n
-    hessian = 32 * n * n  # the Gram matrix, H, H in GPTQ's order, its factor, and the inverse's
-    kept = (24 if out > n else 16) * n * n
-    pair = 12 * weights  # ΔW in fp32 and fp64
-    decompose = 16 * weights + 8 * candidates * (out + n)
-    simulate = 24 * lanes * n + 16 * candidates * (out + n)
-    error = 16 * weights + 8 * n * n
-    return max(hessian, kept + pair + max(decompose, simulate, error))
-
-
-def peak_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int, config: Config, *,
-                      weighted: bool = False) -> int:
-    """The most that compressing one matrix `[out, in]` holds of a GPU, array by array: an upper
-    bound, where `matrix_device_bytes` is what is planned with.
+def matrix_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int, config: Config, *,
+                        weighted: bool = False) -> int:
+    """The most that compressing one matrix `[out, in]` holds of a GPU, array by array, its inputs'
+    Hessian included.
 
     Args:
         itemsize: of a weight as stored.
@@ -116,8 +101,9 @@ def peak_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int, c
     # H, H in GPTQ's order and its factor; then that factor's inverse, some columns at a time.
     hessian = max(28 * n * n, 24 * n * n + 24 * n * min(n, COLUMNS))
     kept = (24 if out > n else 16) * n * n
-    pair = (2 * itemsize + 12) * weights  # both sides, ΔW in fp32 and fp64
-    by_row = 8 * weights if weighted else 0
+    pair = (2 * itemsize + 12) * weights  # both sides, and ΔW in fp32 on its way to fp64
+    delta = 8 * weights
+    by_row = delta if weighted else 0
     eigen = 48 * small * small  # the matrix, its eigenvectors, and the solver's workspace
     if out > n:
         decompose = 8 * weights + max(eigen, 16 * n * n + 16 * U + 24 * V)
@@ -127,12 +113,14 @@ def peak_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int, c
     columns = lanes * n + (12 if weighted else 8) * U + 32 * entries
     simulate = 8 * (U + V) + max(14 * (lanes + 128) * n, lanes * n + 32 * V, columns)
     quantize = 8 * (U + V) + lanes * n + 28 * rank * (out + n)
-    restored = 2 * rank * (out + n) + 16 * rank * max(out, n)  # the codes, and one factor of Δ̂
-    error = 8 * weights + 8 * n * n + restored  # when the fp64 ΔW of `pair` is gone
-    return max(hessian, kept + pair + max(by_row + max(decompose, simulate, quantize), error))
+    restored = 4 * weights + 2 * rank * (out + n) + 16 * rank * max(out, n)  # Δ̂ from codes
+    error = 16 * weights + 8 * n * n + restored  # ΔW − Δ̂ and what the inputs see of it
+    return max(hessian, kept + pair,
+               kept + delta + max(by_row + max(decompose, simulate, quantize), error))
 
 
-def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int) -> MemoryPlan:
+def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int,
+                sums: int = ALONE.at_once) -> MemoryPlan:
     """How calibrating and compressing share a GPU's memory.
 
     Args:
@@ -140,12 +128,15 @@ def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int) ->
         found: what calibrating handles, counted in fp32.
         grams: bytes of the Gram matrices of the block that has most of them.
         largest_job: of `matrix_device_bytes`.
+        sums: of one Gram matrix that are alive at a time.
     """
     share = compute.dtype.itemsize / 4
     free, _ = torch.cuda.mem_get_info(compute.device)
     free += torch.cuda.memory_reserved(compute.device)
     states = int(share * (found.states + found.resident))
-    making = 2 * grams + int(share * found.activations)
+    activations = int(share * found.activations)
+    making = (sums + 1) * grams + activations  # a chunk's part is made beside the sums
     wanted = max(DEVICE_BYTES, states + max(making, largest_job))
     limit = int(min(SHARE * free, wanted)) - states
-    return MemoryPlan(limit, 2 * grams, min(making, limit), 1, False)
+    return MemoryPlan(limit, max(min((sums + 1) * grams, limit - activations), 0),
+                      min(making, limit), 1, False)

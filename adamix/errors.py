@@ -33,6 +33,10 @@ class DeviceError(AdamixError):
     """A device that is not here, or that nothing here runs on."""
 
 
+class RankError(AdamixError):
+    """Another process of the same compression that failed or ended."""
+
+
 class CalibrationError(AdamixError):
     """A calibration source that gives no usable tokens."""
 

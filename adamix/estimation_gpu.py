@@ -24,8 +24,7 @@ THREADS = JOBS + 2  # that do: the jobs', the calibration's, and the main one
 class Job:
     """A group of matrices that read one input, compressed one after the other."""
 
-    planned: int  # bytes that it is counted as, of `matrix_device_bytes`
-    taken: int  # that it can take, of `peak_device_bytes`
+    size: int  # bytes, of `matrix_device_bytes`
     gram: int  # bytes of its inputs' Gram matrix; 0 where it has none
 
 
@@ -46,20 +45,20 @@ def calibrating_bytes(compute: Compute, plan: MemoryPlan, found: Sizes, grams: i
     states = int(compute.dtype.itemsize / 4 * (found.states + found.resident))
     counts, most = Counter(jobs), plan.making
     waiting = sum(job.gram * count for job, count in counts.items())
-    share = max((job.gram / job.planned for job in counts), default=0.0)
+    share = max((job.gram / job.size for job in counts), default=0.0)
     for job in list(counts):
-        if not job.gram and job.planned > plan.free - plan.making:
-            most = max(most, job.taken - states)  # it comes first, and all else after it
+        if not job.gram and job.size > plan.free - plan.making:
+            most = max(most, job.size - states)  # it comes first, and all else after it
             del counts[job]
     for number in range(1, JOBS + 1):
         for running in combinations_with_replacement(counts, number):
-            left = plan.free - sum(job.planned for job in running)
+            left = plan.free - sum(job.size for job in running)
             alike = Counter(running)
             if (left < 0 and number > 1) or any(alike[job] > counts[job] for job in alike):
                 continue
             beside = plan.making if left >= plan.making else grams
             queued = min(waiting, share * max(left - beside, 0))
-            most = max(most, sum(job.taken for job in running) + beside + int(queued))
+            most = max(most, sum(job.size for job in running) + beside + int(queued))
     return states + most
 
 

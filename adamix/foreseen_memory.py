@@ -9,7 +9,7 @@ from adamix.calibration.filling import own_tensors
 from adamix.calibration.sampling import chunk_bytes
 from adamix.compression.share import SPREAD
 from adamix.costs import sampling_chunks
-from adamix.devices import matrix_device_bytes, peak_device_bytes, plan_device
+from adamix.devices import matrix_device_bytes, plan_device
 from adamix.estimation_gpu import (
     Job,
     calibrating_bytes,
@@ -99,7 +99,7 @@ def gpu_bytes(run: Foreseen) -> int:
         grams[_block_of(target)] += 4 * target.shape[1] ** 2
     most, found = max(grams.values(), default=0), run.sizes()
     jobs = [_job(run, group) for group in run.groups]
-    plan = plan_device(run.compute, found, most, max((job.planned for job in jobs), default=0))
+    plan = plan_device(run.compute, found, most, max((job.size for job in jobs), default=0))
     taken = calibrating_bytes(run.compute, plan, found, most, jobs)
     if run.samples:
         numels = list(map(math.prod, run.shapes.values()))
@@ -109,11 +109,10 @@ def gpu_bytes(run: Foreseen) -> int:
 
 
 def _job(run: Foreseen, group: list[Target]) -> Job:
-    planned = [matrix_device_bytes(t.shape, _job_bits(run, t), run.config) for t in group]
-    taken = [peak_device_bytes(t.shape, t.dtype.itemsize, _job_bits(run, t), run.config,
-                               weighted=t.treatment is Treatment.EMBEDDING) for t in group]
+    sizes = [matrix_device_bytes(t.shape, t.dtype.itemsize, _job_bits(run, t), run.config,
+                                 weighted=t.treatment is Treatment.EMBEDDING) for t in group]
     calibrated = run.is_calibrated(group[0])
-    return Job(max(planned), max(taken), 4 * group[0].shape[1] ** 2 if calibrated else 0)
+    return Job(max(sizes), 4 * group[0].shape[1] ** 2 if calibrated else 0)
 
 
 def _sampling_beside_gpu(run: Foreseen) -> int:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from adamix.calibration.gram import CHUNK, MAX_GRAM_BYTES
 from adamix.calibration.sampling import chunk_bytes
+from adamix.calibration.sums import ALONE
 from adamix.compression.matrix import component_bits
 from adamix.compression.simulate import AT_A_TIME
 from adamix.config import Config
@@ -163,8 +164,8 @@ class MemoryPlan:
         return cls(None, half, half, threads, False)
 
 
-def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: int, threads: int
-                ) -> MemoryPlan:
+def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: int, threads: int,
+                sums: int = ALONE.at_once) -> MemoryPlan:
     """Share a bound out.
 
     Args:
@@ -174,12 +175,14 @@ def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: 
         largest_job: of `matrix_bytes`.
         writing: what the output takes while it is written, when all else is over.
         threads: at most.
+        sums: of one Gram matrix that are alive at a time.
 
     Raises:
         MemoryLimitError: not even one matrix at a time fits; the sentence says what would.
     """
     gram = 4 * found.widest**2
-    least = 3 * gram + found.activations  # the sum, a chunk's part, and the product in the making
+    # The sums, a chunk's part, and the product in the making (or another process's sum).
+    least = (sums + 2) * gram + found.activations
     needed = max(found.resident + max(least, largest_job + gram), writing)
     fixed = held + ARENA_BYTES * (threads + 1)
     on_disk = fixed + found.states + needed > limit or 3 * found.states > limit - fixed
@@ -190,8 +193,9 @@ def plan_memory(limit: int, held: int, found: Sizes, largest_job: int, writing: 
     free = limit - fixed - found.resident - (0 if on_disk else found.states)
     making = max(least, min(free // 3, free - largest_job))
     a_chunk = found.activations + gram
-    at_a_time = max(1, min(threads, making // 2 // max(a_chunk, 1)))
-    return MemoryPlan(free, max(making - at_a_time * a_chunk, 2 * gram), making, at_a_time, on_disk)
+    room = min(making // 2, making - (sums + 1) * gram)  # for chunks, at least one
+    at_a_time = max(1, min(threads, room // max(a_chunk, 1)))
+    return MemoryPlan(free, making - at_a_time * a_chunk, making, at_a_time, on_disk)
 
 
 def unbounded_bytes(found: Sizes, grams: int, largest_job: int, threads: int) -> int:
@@ -205,7 +209,8 @@ def unbounded_bytes(found: Sizes, grams: int, largest_job: int, threads: int) ->
     """
     gram = 4 * found.widest**2
     most = MemoryPlan.unbounded(threads).grams
-    making = max(min((threads + 1) * grams, most), 2 * gram)
+    sums = ALONE.at_once
+    making = max(min((threads + sums) * grams, most), (sums + 1) * gram)
     waiting = min(2 * threads, most // max(gram, 1)) * gram + gram
     at_work = threads * max(largest_job, found.activations + gram)
     return (found.resident + found.states + making + waiting + at_work

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
 from adamix.devices import JOBS, Compute, find_compute
-from adamix.errors import CalibrationError
+from adamix.errors import CalibrationError, RankError
 from adamix.matrices import MatrixRun
 from adamix.memory import check_survey, sampling_threads
 from adamix.naming import group_by_kind, write_indices
-from adamix.parallel import available_cores, workers
+from adamix.parallel import workers
 from adamix.progress import Progress, Silent, timed
+from adamix.ranks import Ranks, launched
 from adamix.solving import solvers
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import COPIED, Checkpoint
@@ -42,7 +43,7 @@ from adamix.source.targets import Survey, Treatment, check_pair, survey
 from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, write_delta
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
 from adamix.storage.pack import pack
-from adamix.storage.work import CompressedMatrix, WorkFolder, work_folder
+from adamix.storage.work import CompressedMatrix, NoFolder, WorkFolder, work_folder
 from adamix.version import __version__
 
 
@@ -57,8 +58,9 @@ class Summary:
     whole: dict[str, int]  # bytes of tensors kept whole, norms and biases left out
     bytes_beside: int  # logs, calibration tokens, copies of tokenizer and configs
     seconds: dict[str, float]  # by stage
-    peak_bytes: int  # of this process's memory
+    peak_bytes: int  # of this process's memory; of several, of the one that held most
     resumed: int = 0  # matrices that an earlier, interrupted run had finished
+    processes: int = 1
 
     @property
     def ratio(self) -> float:
@@ -103,55 +105,91 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
     What is finished is kept in `.OUT.partial` beside it until all is: the same call goes on there
     after an interruption of any kind, and ends with the same bytes.
 
+    In a script that torchrun started as several processes, each makes this call with the same
+    arguments and they do it together, with the same bytes: on a GPU each, or on its share of the
+    cores. `out` and what is beside it are process 0's, checkpoints are read by each; all get the
+    same summary, or the same error.
+
     Args:
         base, finetuned: folders (or Hub names) of Hugging Face checkpoints in safetensors.
         out: the delta folder; must not exist.
         config: default `Config(ratio=16)`.
         calibration: text (a file, `.jsonl`, list of strings or dataset name), or token ids, all of
             which are used (a tensor, `.npy`, `.safetensors`); default: the fine-tune samples them.
-        threads: matrices compressed side by side on the CPU; the result does not depend on it.
+        threads: matrices compressed side by side on the CPU, by each process; the result does not
+            depend on it.
         device: "cpu", "cuda" or "cuda:N"; default: a GPU where there is one. On it the forward
             passes are of 16 bits if the model's weights are, so the result differs a little.
-        max_memory: bytes that the process may hold at most; the result does not depend on it.
+        max_memory: bytes that a process may hold at most; the result does not depend on it.
         restart: throw away what an interrupted run has left, and begin anew.
         progress: told about the stages.
 
     Raises:
         AdamixError: a subclass names the fault in one sentence; bad input leaves nothing behind.
     """
-    config, progress, out = config or Config(), progress or Silent(), Path(out)
-    refuse_existing(out)
+    given = _Given(config or Config(), calibration, threads, device, max_memory, restart)
+    with launched() as ranks:
+        return _compress(base, finetuned, Path(out), given, ranks,
+                         progress if progress and ranks.is_main else Silent())
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The arguments of `compress` by these names."""
+
+    config: Config
+    calibration: Source | None
+    threads: int | None
+    device: str | torch.device | None
+    max_memory: int | None
+    restart: bool
+
+
+def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given, ranks: Ranks,
+              progress: Progress) -> Summary:
+    config, calibration, max_memory = given.config, given.calibration, given.max_memory
+    if ranks.is_main:
+        refuse_existing(out)
     seconds: dict[str, float] = {}
     sources = Checkpoint(base), Checkpoint(finetuned)
     architecture = describe(sources[1].folder, sources[1].names)
     check_pair(*sources, architecture)
-    threads = threads or available_cores()
-    compute = find_compute(device, [dtype for _, dtype in sources[1].headers.values()])
-    with (work_folder(out) as work, workers(threads) as executor,
-          _on(compute, executor) as (jobs, calibrator, solve)):
+    threads = given.threads or ranks.cores
+    compute = find_compute(ranks.device(given.device),
+                           [dtype for _, dtype in sources[1].headers.values()])
+    ranks.use(compute)
+    with (work_folder(out) if ranks.is_main else nullcontext(NoFolder()) as work,
+          workers(threads) as executor, _on(compute, executor) as (jobs, calibrator, solve),
+          ranks.as_one()):
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
-            tokens = _read_tokens(sources[1], architecture, config, calibration, progress)
+            tokens = ranks.main(lambda: _read_tokens(sources[1], architecture, config, calibration,
+                                                     progress))
         with timed(seconds, "read"):
-            found = _survey(sources, architecture, config, executor, threads, max_memory, progress)
+            found = _survey(sources, architecture, config, executor, threads, max_memory, progress,
+                            ranks)
         manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
-        work.check(_fingerprint(manifest, found, sources[1], compute), restart=restart)
+        fingerprint = _fingerprint(manifest, found, sources[1], compute)
+        if any(other != fingerprint for other in ranks.gather(fingerprint)):
+            raise RankError("the processes were started with different models, options or versions")
+        work.check(fingerprint, restart=given.restart)
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
                 tokens = _own_tokens(work, sources[1], architecture, config, compute, threads,
-                                     max_memory, progress)
+                                     max_memory, progress, ranks)
         manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, jobs, threads,
-                        max_memory, progress, seconds, calibrator, compute, solve)
+                        max_memory, progress, seconds, calibrator, compute, solve, ranks)
         matrices = run.matrices(tokens, finished)
         progress.stage("writing", 1)
-        with work.result() as folder:
-            written, beside = _write(folder, sources[1], found, manifest, matrices, tokens)
+        sizes = ranks.main(lambda: _write(work, sources[1], found, manifest, matrices, tokens))
         progress.advance()
-    return Summary(out, [m.row for m in matrices.values()], written, budget.bytes_16bit,
-                   _whole_bytes(found), beside, seconds, peak_bytes(), len(finished))
+        rows = ranks.main(lambda: [matrix.row for matrix in matrices.values()])
+        return Summary(out, rows, sizes[0], budget.bytes_16bit, _whole_bytes(found), sizes[1],
+                       ranks.main(lambda: seconds), max(ranks.gather(peak_bytes())),
+                       ranks.main(lambda: len(finished)), ranks.count)
 
 
 def _whole_bytes(found: Survey) -> dict[str, int]:
@@ -160,14 +198,16 @@ def _whole_bytes(found: Survey) -> dict[str, int]:
 
 
 def _survey(sources: tuple[Checkpoint, Checkpoint], architecture: Architecture, config: Config,
-            executor: Executor, threads: int, max_memory: int | None, progress: Progress) -> Survey:
+            executor: Executor, threads: int, max_memory: int | None, progress: Progress,
+            ranks: Ranks) -> Survey:
     if max_memory is not None:
         check_survey(max_memory, [shape for shape, _ in sources[1].headers.values()])
         threads = 1
     progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
     return survey(*sources, architecture, compress_embeddings=config.embeddings,
                   compress_vision=config.vision, executor=executor if threads > 2 else None,
-                  ahead=threads, on_tensor=lambda name: progress.advance())
+                  ahead=threads, on_tensor=lambda name: progress.advance(), mine=ranks.mine,
+                  gather=ranks.gather)
 
 
 @contextmanager
@@ -177,7 +217,8 @@ def _on(compute: Compute, executor: Executor
     if not compute.is_cuda:
         yield executor, executor, allocate
         return
-    with (ThreadPoolExecutor(JOBS) as jobs, ThreadPoolExecutor(1) as calibrator,
+    here = dict(initializer=torch.cuda.set_device, initargs=(compute.device,))
+    with (ThreadPoolExecutor(JOBS, **here) as jobs, ThreadPoolExecutor(1, **here) as calibrator,
           solvers(JOBS) as pool, torch.cuda.device(compute.device)):
         try:
             yield jobs, calibrator, pool.allocate
@@ -203,14 +244,14 @@ def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint, compu
             "config": manifest.config, "calibration": calibration}
 
 
-def _own_tokens(work: WorkFolder, finetuned: Checkpoint, architecture: Architecture,
+def _own_tokens(work: WorkFolder | NoFolder, finetuned: Checkpoint, architecture: Architecture,
                 config: Config, compute: Compute, threads: int, max_memory: int | None,
-                progress: Progress) -> Tensor:
+                progress: Progress, ranks: Ranks) -> Tensor:
     """Token ids that the fine-tuned model writes itself, by an earlier run where it got so far.
 
     The model is in memory for as long as this takes, and no longer.
     """
-    tokens, sha256 = work.tokens() or (None, "")
+    tokens, sha256 = ranks.main(work.tokens) or (None, "")
     if tokens is None or token_hash(tokens) != sha256:
         if compute.is_cuda:
             threads = 1
@@ -219,8 +260,8 @@ def _own_tokens(work: WorkFolder, finetuned: Checkpoint, architecture: Architect
                 max_memory, [shape for shape, _ in finetuned.headers.values()],
                 empty_model(finetuned.folder).config, config.calibration_length, threads)
         with workers(threads) as executor:
-            tokens = _sample_tokens(_load(finetuned, architecture, compute), finetuned, config,
-                                    executor, progress)
+            tokens = _sample_tokens(_load(finetuned, architecture, compute), finetuned,
+                                    config, executor, progress, ranks)
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens
 
@@ -279,8 +320,8 @@ def context_of(checkpoint: Checkpoint) -> int | None:
 
 
 def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
-                   executor: Executor, progress: Progress) -> Tensor:
-    """Token ids that the fine-tuned model writes itself."""
+                   executor: Executor, progress: Progress, ranks: Ranks) -> Tensor:
+    """Token ids that the fine-tuned model writes itself; each rank some of them."""
     tokenizer = find_tokenizer([finetuned.folder])
     settings = model.config.get_text_config()
     limit = getattr(settings, "max_position_embeddings", None)
@@ -294,7 +335,8 @@ def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, c
     return sample(model, start, end if isinstance(end, int) else None,
                   sequences=config.calibration_sequences,
                   length=min(config.calibration_length, limit or config.calibration_length),
-                  seed=config.seed, executor=executor, on_chunk=progress.advance)
+                  seed=config.seed, executor=executor, on_chunk=progress.advance,
+                  mine=ranks.mine, gather=ranks.gather)
 
 
 def origin_of(calibration: Source | None, config: Config, tokens: Tensor | None = None
@@ -332,9 +374,15 @@ def manifest_of(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: C
         transposed=[kind for kind, names in groups.items() if matrices[names[0]].transposed])
 
 
-def _write(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifest,
+def _write(work: WorkFolder, finetuned: Checkpoint, found: Survey, manifest: Manifest,
            matrices: dict[str, CompressedMatrix], tokens: Tensor) -> tuple[int, int]:
-    """Write the whole folder; the bytes of what loading needs, and of what stands beside it."""
+    """Write the output; the bytes of what loading needs, and of what stands beside it."""
+    with work.result() as folder:
+        return _write_into(folder, finetuned, found, manifest, matrices, tokens)
+
+
+def _write_into(folder: Path, finetuned: Checkpoint, found: Survey, manifest: Manifest,
+                matrices: dict[str, CompressedMatrix], tokens: Tensor) -> tuple[int, int]:
     whole = {t.name: t.read(finetuned) for t in found.of(Treatment.WHOLE)}
     extra = {t.name: finetuned.read(t.name)[t.shape[0] :].clone()
              for t in found.targets if t.extra_rows}

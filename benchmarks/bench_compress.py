@@ -4,8 +4,10 @@
 
 A random pair in Qwen2.5-7B's shapes (made_models.py) is written, then compressed with 128 x 2048
 random tokens to calibrate by, in a process of its own: the time is that process's, from its start
-to its end. `--rival` then compresses one decoder layer, from its Gram matrices on, with adamix and
-in plain PyTorch (straightforward.py), the same steps at the same size.
+to its end. `--processes 2` compresses it on two GPUs of this machine, under torchrun: the time is
+torchrun's then, and the bytes (`sha256`) must be those of one. `--rival` then compresses one
+decoder layer, from its Gram matrices on, with adamix and in plain PyTorch (straightforward.py), the
+same steps at the same size.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Bench:
         self.row = CompressionRow(
             args.model if args.model in MODELS else Path(args.model).name,
             self.config.num_hidden_layers, "model", "adamix", "", sequences=args.sequences,
-            length=args.length, preset=args.preset, target_ratio=args.ratio, threads=args.threads,
+            length=args.length, preset=args.preset, target_ratio=args.ratio,
+            processes=args.processes, threads=max(1, args.threads // args.processes),
             device=torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
             commit=commit(Path(__file__).parent),
             command=command_of(sys.argv),
@@ -66,14 +69,17 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         options: dict[str, object] = {
             "base": str(self.pair[0]), "finetuned": str(self.pair[1]), "out": str(out),
-            "threads": args.threads, "device": args.device,
+            "threads": self.row.threads, "device": args.device,
             "config": {"preset": args.preset, "ratio": args.ratio,
                        "calibration_sequences": args.sequences, "calibration_length": args.length}}
         if not args.self:
             options["calibration"] = str(self._tokens())
+        launcher = [] if args.processes == 1 else [
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, Path(__file__).parent / "compress_once.py",
-                               json.dumps(options)], stdout=subprocess.PIPE)
+        done = subprocess.run([
+            sys.executable, *launcher, Path(__file__).parent / "compress_once.py",
+            json.dumps(options)], stdout=subprocess.PIPE)
         seconds = time.perf_counter() - start
         if done.returncode:
             sys.exit(f"the compression ended with exit code {done.returncode}")
@@ -84,13 +90,15 @@ class Bench:
             self.row, stage=WHOLE, seconds=seconds, host_gb=found["peak_bytes"] / GB,
             device_gb=_gb(found.get("device_bytes")), reserved_gb=_gb(found.get("reserved_bytes")),
             bytes=found["bytes"], ratio=found["ratio"], error=found["mean_error"],
+            processes=found["processes"], sha256=found["sha256"],
             note=f"{found['matrices']} matrices, {where}")
         stages = {IMPORTS: seconds - found["compress"], **found["seconds"]}
         if (rest := seconds - sum(stages.values())) > 0:  # stages may run side by side
             stages[OTHER] = rest
         kind = "sampled" if args.self else "given"
+        places = f"{args.processes} x " * (args.processes > 1) + self.row.device
         self._show(stages, whole, f"{args.model}, {self.row.layers} layers, calibrated by "
-                   f"{args.sequences} x {args.length} {kind} tokens; {self.row.device}")
+                   f"{args.sequences} x {args.length} {kind} tokens; {places}")
 
     def layer(self) -> None:
         """One decoder layer in both ways."""
@@ -107,6 +115,7 @@ class Bench:
 
     def _layer_row(self, impl: str, found: LayerResult) -> CompressionRow:
         return replace(self.row, scope="layer", impl=impl, stage=WHOLE, seconds=found.seconds,
+                       processes=1, threads=self.args.threads,
                        measured_s=found.measured, layers=1, sequences=None, length=None,
                        device_gb=_gb(found.device_bytes), error=found.error, note=found.note)
 
@@ -121,7 +130,8 @@ class Bench:
               measured: dict[str, float] | None = None) -> None:
         """Write and print a row a stage, the whole last."""
         plain = replace(self.row, scope=whole.scope, impl=whole.impl, layers=whole.layers,
-                        sequences=whole.sequences, length=whole.length)
+                        sequences=whole.sequences, length=whole.length,
+                        processes=whole.processes, threads=whole.threads)
         rows = [replace(plain, stage=stage, seconds=seconds, measured_s=(measured or {}).get(stage))
                 for stage, seconds in stages.items()]
         print(title)
@@ -134,7 +144,8 @@ class Bench:
                  f"of the device {whole.device_gb:.2f} GB" if whole.device_gb else "",
                  f"reserved {whole.reserved_gb:.2f} GB" if whole.reserved_gb else "",
                  f"{whole.bytes / 1e6:.2f} MB, ratio {whole.ratio:.2f}" if whole.bytes else "",
-                 f"mean error {whole.error:.4g}" if whole.error is not None else "", whole.note]
+                 f"mean error {whole.error:.4g}" if whole.error is not None else "", whole.note,
+                 f"SHA-256 {whole.sha256}" if whole.sha256 else ""]
         print(", ".join(filter(None, facts)), end="\n\n", flush=True)
 
 
@@ -174,6 +185,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--preset", choices=("adamix", "paper"), default="adamix")
     parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--processes", type=int, default=1, metavar="N",
+                        help="that compress the model together, on a GPU each; --threads is that "
+                             "of all together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rival", action="store_true", help="one layer in plain PyTorch too")
     parser.add_argument("--rival-seconds", type=float, metavar="S",
@@ -192,6 +206,9 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"bench_compress.py measures on an NVIDIA GPU; torch {torch.__version__} sees "
                  f"none on this machine (--device cpu --model tiny tries it out).")
+    if args.device == "cuda" and torch.cuda.device_count() < args.processes:
+        sys.exit(f"--processes {args.processes} takes as many GPUs; here are "
+                 f"{torch.cuda.device_count()}")
     with place(args.folder, ROOM * model_size(config_of(args.model, args.layers))) as folder:
         bench = Bench(args, folder)
         if not args.no_model:

@@ -161,7 +161,26 @@ def test_the_program_measures_a_pair_and_its_layer(tmp_path, monkeypatch, capsys
     assert model.ratio == pytest.approx(16, rel=0.01) and model.sequences == 3
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "base", "finetuned", "tokens.safetensors"]
-    assert "times as fast" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "times as fast" in said and f"SHA-256 {model.sha256}" in said
+    assert model.processes == 1 and len(model.sha256) == 64
+
+
+def test_several_processes_are_measured_and_write_the_same_bytes(tmp_path, monkeypatch):
+    csv = tmp_path / "rows.csv"
+    for processes in ("1", "2"):
+        monkeypatch.setattr(sys, "argv", [
+            "bench_compress.py", "--model", "tiny", "--layers", "1", "--device", "cpu",
+            "--sequences", "20", "--length", "16", "--threads", "2", "--processes", processes,
+            "--folder", str(tmp_path / "kept"), "--csv", str(csv)])
+        bench.main()
+    read = rows.read_rows([csv], rows.CompressionRow)
+    one, two = (row for row in read if row.stage == rows.WHOLE)
+    assert (one.processes, two.processes, one.threads, two.threads) == (1, 2, 2, 1)
+    assert one.sha256 == two.sha256 and one.bytes == two.bytes
+    stages = [row for row in read if row.processes == 2 and row is not two]
+    assert sum(row.seconds for row in stages) == pytest.approx(two.seconds, rel=1e-3)
+    assert 0.1 < two.host_gb < 8
 
 
 def test_without_a_folder_the_pair_is_made_where_there_is_room(tmp_path, monkeypatch):

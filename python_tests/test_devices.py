@@ -32,7 +32,7 @@ def test_a_device_that_is_not_here_is_one_sentence(device, tmp_path):
 
 def test_a_matrix_takes_more_of_a_gpu_the_larger_it_is():
     config = Config(ratio=16)
-    sizes = [matrix_device_bytes(shape, config.budget_bits(shape), config)
+    sizes = [matrix_device_bytes(shape, 2, config.budget_bits(shape), config)
              for shape in ((512, 512), (512, 2048), (2048, 2048))]
     assert sizes == sorted(sizes) and sizes[0] > 32 * 512**2
 

@@ -2,6 +2,7 @@
 that keeps to it writes the same bytes."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from adamix import matrices, memory, pipeline
 from adamix.__main__ import app
 from adamix.artifacts import WeightPair
 from adamix.calibration.blocks import BlockStream, Unsuited
+from adamix.calibration.gram import gram_matrices
+from adamix.calibration.sums import ALONE
 from adamix.compression.error import relative_error
 from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
@@ -72,13 +75,36 @@ def test_what_runs_at_a_time_is_within_the_bound(limit):
     plan = plan_memory(limit, HELD, SIZES, 2000, 900, 2)
     states = 0 if plan.states_on_disk else SIZES.states
     assert FIXED + SIZES.resident + states + plan.free <= limit
-    assert plan.making >= 3 * 100 + 50 and plan.free >= plan.making and plan.free >= 2000 + 100
-    assert plan.grams >= 2 * 100 and plan.grams + plan.threads * (100 + 50) <= plan.making
+    assert plan.making >= 6 * 100 + 50 and plan.free >= plan.making and plan.free >= 2000 + 100
+    # Four sums of each and a chunk's part; the products in the making beside them.
+    assert plan.grams >= 5 * 100 and plan.grams + plan.threads * (100 + 50) <= plan.making
     assert 1 <= plan.threads <= 2
     if limit == LEAST + 99:
         assert plan.states_on_disk
     if limit == LEAST + 10**6:
         assert not plan.states_on_disk and plan.threads == 2
+
+
+def test_a_share_of_the_chunks_takes_fewer_sums():
+    alone = plan_memory(LEAST, HELD, SIZES, 2000, 900, 2)
+    shared = plan_memory(LEAST, HELD, SIZES, 2000, 900, 2, 1)
+    assert (alone.making, shared.making) == (6 * 100 + 50, 3 * 100 + 50)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_grams_take_no_more_than_their_part_of_the_plan(threads):
+    n, chunks, ahead = 3072, 16, threads  # so large that freed memory goes back to the system
+    layers = {name: torch.nn.Linear(n, 1, bias=False) for name in "ab"}
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 8, n, generator=generator) for _ in range(chunks)]
+    gram, room = 4 * n * n, ALONE.at_once + ahead + 1  # and the product in the making
+
+    def work():
+        with ThreadPoolExecutor(threads) as executor:
+            gram_matrices(lambda part: [layer(part) for layer in layers.values()], parts, layers,
+                          executor=executor, ahead=ahead)
+
+    assert 6 * gram < most_held(work) <= 2 * room * gram + threads * memory.ARENA_BYTES
 
 
 def test_too_small_a_bound_is_refused_with_what_would_do():

@@ -26,6 +26,7 @@ from adamix.calibration.filling import empty, move_buffers, own_tensors, put
 from adamix.calibration.gram import CHUNK, gram_matrices, passes, sharing
 from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.calibration.states import OnDisk
+from adamix.calibration.sums import ALONE, Share, chunks_of
 from adamix.errors import AdamixError, reason
 from adamix.experts import OneByOne, is_experts
 
@@ -96,6 +97,7 @@ class BlockStream:
         read: one of them, as stored.
         states: a folder for the hidden states between two blocks; None keeps them in memory.
         device, dtype: of the block at work and the hidden states.
+        share: of the chunks and the layers, where several processes do this together.
 
     Raises:
         Unsuited: the model's blocks cannot be run one at a time.
@@ -104,8 +106,8 @@ class BlockStream:
     def __init__(self, model: PreTrainedModel, tokens: Tensor, wanted: Collection[str],
                  shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
                  states: Path | None = None, device: torch.device = CPU,
-                 dtype: torch.dtype = torch.float32) -> None:
-        self._device, self._dtype = device, dtype
+                 dtype: torch.dtype = torch.float32, share: Share = ALONE) -> None:
+        self._device, self._dtype, self._share = device, dtype, share
         move_buffers(model, device)
         self._model, self._shapes, self._read = model, shapes, read
         self._prefix, self._blocks = _find_blocks(model)
@@ -118,9 +120,10 @@ class BlockStream:
         # How many None a block gives back behind the hidden states, in a tuple; None: no tuple.
         self._behind: list[int | None] = [None] * len(self._blocks)
         self._chunks = tokens.to(device).split(CHUNK)
-        # Of each chunk: what enters the block at work.
+        self._mine = chunks_of(share.groups, len(self._chunks))
+        # Of each chunk that is ours: what enters the block at work.
         self._states: MutableMapping[int, Tensor] = {} if states is None else OnDisk(states)
-        self._calls: list[list[_Call]] = []  # [chunk][block]
+        self._calls: dict[int, list[_Call]] = {}  # {chunk: of each block}; the first one's always
         self._groups: list[dict[str, list[str]]] = [{} for _ in self._blocks]
         try:
             with self._filled_when_called():
@@ -139,11 +142,12 @@ class BlockStream:
     # --- what precedes and follows the blocks ----------------------------------------------------
 
     def _enter(self) -> None:
-        """Run what precedes the blocks for all chunks; for the first one, what follows them too."""
+        """Run what precedes the blocks for the first chunk, with what follows them, and for all
+        others of ours."""
         probes = [copy.deepcopy(block) for block in self._blocks]
         outside = {name: module for name, module in self._linears.items()
                    if not name.startswith(f"{self._prefix}.")}
-        for number, chunk in enumerate(self._chunks):
+        for number in sorted({0, *self._mine}):
             calls: list[_Call] = []
             entered: list[Tensor] = []
             known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -155,7 +159,8 @@ class BlockStream:
                     raise Unsuited("more than hidden states passes between its blocks")
                 if not index:
                     entered.append(hidden)
-                    self._states[number] = hidden
+                    if number in self._mine:
+                        self._states[number] = hidden
                 if not number:
                     self._probe(index, probes[index], hidden, call)
                 calls.append(self._deduplicated(index, call, known))
@@ -164,12 +169,12 @@ class BlockStream:
                 return hidden
 
             with sharing({} if number else outside) as groups:
-                self._run_outside(chunk, stand_in)
+                self._run_outside(self._chunks[number], stand_in)
             if not number:
                 self._outside = groups
             if len(calls) != len(self._blocks):
                 raise Unsuited("not all of its blocks are called")
-            self._calls.append(calls)
+            self._calls[number] = calls
 
     def _deduplicated(self, index: int, call: _Call, known: dict[int, tuple[Tensor, Tensor]]
                       ) -> _Call:
@@ -295,7 +300,8 @@ class BlockStream:
         """
         outside = [name for name in self._outside if name in leaders]
         wanted = [[name for name in group if name in leaders] for group in self._groups]
-        experts = ExpertGrams({name: self._linears[name] for name in leaders}, self.few_tokens)
+        experts = ExpertGrams({name: self._linears[name] for name in leaders}, self.few_tokens,
+                              self._share)
         last = max((index for index, names in enumerate(wanted) if names or outside), default=-1)
         for index, block in enumerate(self._blocks[: last + 1]):
             self._fill(block)
@@ -314,13 +320,13 @@ class BlockStream:
             modules = {name: self._linears[name] for name in run}
             with self._filled_when_called():  # one chunk at a time: stand-ins are the model's
                 found = gram_matrices(self._leave, range(len(self._chunks)), modules,
-                                      executor=executor, ahead=1)
+                                      executor=executor, ahead=1, share=self._share)
             yield found
 
     def _runs(self, names: list[str], max_bytes: int) -> list[list[str]]:
-        """Layers whose Gram matrices are made at a time, two of each: a sum and a chunk's part."""
+        """Layers whose Gram matrices are made at a time: of each some sums and a chunk's part."""
         widths = {name: in_features(self._linears[name]) for name in names}
-        return list(passes(widths, max_bytes // 2)) or [[]]
+        return list(passes(widths, max_bytes // (self._share.at_once + 1))) or [[]]
 
     def _run_block(self, index: int, block: nn.Module, names: list[str], executor: Executor,
                    threads: int, max_bytes: int, *, keep: bool
@@ -335,9 +341,9 @@ class BlockStream:
 
         layers, seen = {name: self._linears[name] for name in names}, {}
         size = sum(4 * in_features(layer) ** 2 for layer in layers.values())
-        ahead = max(1, min(threads, max_bytes // size - 1)) if size else threads
+        room = max_bytes // size - self._share.at_once if size else threads
         return gram_matrices(forward, range(len(self._chunks)), layers, executor=executor,
-                             ahead=ahead, seen=seen), seen
+                             ahead=max(1, min(threads, room)), seen=seen, share=self._share), seen
 
     def _leave(self, number: int) -> None:
         """Run what follows the blocks for one chunk."""

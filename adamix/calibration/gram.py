@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adamix.calibration.layers import Expert, Layer, experts_one_by_one
+from adamix.calibration.layers import Expert, Layer, experts_one_by_one, in_features
+from adamix.calibration.sums import ALONE, Share, TreeSum, chunks_of, group_of
 from adamix.errors import NonFiniteError
 from adamix.parallel import in_order
 
@@ -117,11 +118,11 @@ def passes(leaders: dict[str, int], max_bytes: int = MAX_GRAM_BYTES) -> Iterator
 
 def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer], *,
                executor: Executor, ahead: int = 2, on_chunk: Callable[[int], None] = lambda n: None,
-               seen: dict[str, int] | None = None) -> dict[str, Tensor]:
+               seen: dict[str, int] | None = None, share: Share = ALONE) -> dict[str, Tensor]:
     """X Xᵀ `[in, in]` fp32 of the inputs of each layer over all tokens.
 
     Products and sums in fp32. A chunk of sequences is one forward pass; the chunks run side by side
-    and their sums are added in the chunks' order.
+    and their sums are added in the order of `sums.py`.
 
     Args:
         model: the fine-tuned model, in eval mode.
@@ -131,6 +132,7 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer],
         ahead: chunks at a time, each with Gram matrices of its own.
         on_chunk: told the number of sequences after each chunk.
         seen: gets {name: tokens that the layer saw}.
+        share: of the chunks and the layers, where several processes do this together.
 
     Raises:
         NonFiniteError: an activation is NaN or Inf; the sentence names the layer.
@@ -145,7 +147,7 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer],
 
     with experts_one_by_one(model):
         return gram_matrices(forward, tokens.split(CHUNK), layers, executor=executor, ahead=ahead,
-                             on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen)
+                             on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen, share=share)
 
 
 def _product(X: Tensor) -> Tensor:
@@ -159,9 +161,9 @@ def _product(X: Tensor) -> Tensor:
 def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
                   layers: dict[str, Layer], *, executor: Executor, ahead: int,
                   on_chunk: Callable[[Chunk], None] = lambda chunk: None,
-                  seen: dict[str, int] | None = None) -> dict[str, Tensor]:
+                  seen: dict[str, int] | None = None, share: Share = ALONE) -> dict[str, Tensor]:
     """X Xᵀ `[in, in]` fp32 of what enters the layers while `forward` runs over each chunk; experts
-    must run one by one.
+    must run one by one. With a share of the chunks, of those layers that are its own.
 
     Raises:
         NonFiniteError: an activation is NaN or Inf; the sentence names the layer.
@@ -180,15 +182,23 @@ def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
         forward(chunk)
         return local.grams, local.counts
 
-    totals: dict[str, Tensor] = {}
-    tokens = {} if seen is None else seen
+    numbers = chunks_of(share.groups, len(chunks))
+    mine = [chunks[number] for number in numbers]
+    sums: dict[str, TreeSum] = {}
+    tokens: dict[str, int] = {}
     with _watching(layers, add):
-        for chunk, (grams, counts) in zip(chunks, in_order(executor, run, chunks, ahead),
-                                          strict=True):
-            for name, gram in grams.items():
-                totals[name] = totals[name].add_(gram) if name in totals else gram.clone()
+        for number, (grams, counts) in zip(numbers, in_order(executor, run, mine, ahead),
+                                           strict=True):
+            for name in list(grams):  # let go of once it is added: the next is in the making
+                sums.setdefault(name, TreeSum(share.groups)).add(
+                    group_of(number, len(chunks)), grams.pop(name))
                 tokens[name] = tokens.get(name, 0) + counts[name]
-            on_chunk(chunk)
+            on_chunk(chunks[number])
+            share.check()
+    totals, counted = share.combine({name: in_features(layer) for name, layer in layers.items()},
+                                    {name: one.take() for name, one in sums.items()}, tokens)
+    if seen is not None:
+        seen.update(counted)
     for name, gram in totals.items():
         if not torch.isfinite(gram).all():
             raise NonFiniteError(f"the activations that enter {name} hold NaN or Inf")

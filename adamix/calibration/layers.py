@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adamix.calibration.sums import ALONE, Share
 from adamix.experts import OneByOne, expert_parameters, expert_shape, is_experts
 
 # An expert that saw fewer tokens than this share of its inputs gets its layer's Gram matrix. With
@@ -82,17 +83,21 @@ class ExpertGrams:
     """Gives experts that saw few tokens the Gram matrix of all of their layer.
 
     That is the sum of the experts' own; a factor changes nothing of what is made of it. It waits
-    for the last expert of the layer.
+    for the last expert of the layer. Of several processes the one that has a stack's first expert
+    makes that sum, and has all experts that get it.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], few: set[str] | None = None) -> None:
+    def __init__(self, layers: Mapping[str, Layer], few: set[str] | None = None,
+                 share: Share = ALONE) -> None:
         self.few = set() if few is None else few  # those that got it
-        self._layers = layers
+        self._layers, self._share = layers, share
+        self._first: dict[str, str] = {}  # the first expert of a stack
         self._missing: dict[str, set[str]] = {}  # experts of a stack that have not come yet
         self._sums: dict[str, Tensor] = {}
         for name, layer in layers.items():
             if isinstance(layer, Expert):
                 self._missing.setdefault(layer.stack, set()).add(name)
+                self._first.setdefault(layer.stack, name)
 
     def settle(self, names: Collection[str], grams: dict[str, Tensor], tokens: Mapping[str, int]
                ) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ class ExpertGrams:
 
         Args:
             names: the layers, experts of a stack in their order.
-            grams: of those that had inputs.
+            grams: of those that had inputs and are this process's.
             tokens: how many tokens each expert saw.
         """
         ready = {name: gram for name, gram in grams.items()
@@ -109,11 +114,12 @@ class ExpertGrams:
             layer = self._layers[name]
             if not isinstance(layer, Expert):
                 continue
-            if name in grams:
-                self._add(layer.stack, grams[name])
+            if tokens.get(name, 0):
+                self._add(layer.stack, self._share.hand_over(
+                    grams.get(name), layer.in_features, name, self._first[layer.stack]))
             if tokens.get(name, 0) < layer.least_tokens:
                 self.few.add(name)
-            else:
+            elif name in grams:
                 ready[name] = grams[name]
             waiting = self._missing[layer.stack]
             waiting.discard(name)
@@ -121,7 +127,9 @@ class ExpertGrams:
                 ready |= self._of_few(layer.stack)
         return ready
 
-    def _add(self, stack: str, gram: Tensor) -> None:
+    def _add(self, stack: str, gram: Tensor | None) -> None:
+        if gram is None:
+            return
         if stack in self._sums:
             self._sums[stack] += gram
         else:

@@ -18,7 +18,9 @@ CACHE_BYTES = 2**30  # of the keys and values of one chunk, in fp32
 
 
 def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: int, length: int,
-           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None
+           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None,
+           mine: Callable[[list[int]], list[int]] = lambda sizes: list(range(len(sizes))),
+           gather: Callable[[dict[int, Tensor]], list[dict[int, Tensor]]] = lambda found: [found]
            ) -> Tensor:
     """Documents drawn from the model at temperature 1, one after the other in each sequence.
 
@@ -33,6 +35,8 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
         seed: of the random streams.
         executor: runs the chunks.
         on_chunk: told the number of sequences after each chunk.
+        mine: which of chunks of so many sequences this process samples, by number.
+        gather: what all processes have sampled, by the first sequence's number.
 
     Returns:
         int64 `[sequences, length]`.
@@ -45,13 +49,17 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     if not 0 <= start < vocabulary:
         raise CalibrationError(f"the token {start} that begins a document is outside the "
                                f"vocabulary of {vocabulary}: give --calibration FILE")
-    jobs = [executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
-            for first, rows in _chunks(sequences, chunk_rows(model.config, length))]
-    parts = []
-    for job in jobs:
-        parts.append(job.result())
-        on_chunk(len(parts[-1]))
-    return torch.cat(parts)
+    chunks = list(_chunks(sequences, chunk_rows(model.config, length)))
+    jobs = {first: executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
+            for first, rows in (chunks[i] for i in mine([rows for _, rows in chunks]))}
+    parts = {}
+    for first, job in jobs.items():
+        parts[first] = job.result()
+        on_chunk(len(parts[first]))
+    found = {first: part for some in gather(parts) for first, part in some.items()}
+    for first in found.keys() - parts.keys():
+        on_chunk(len(found[first]))
+    return torch.cat([found[first] for first, _ in chunks])
 
 
 def chunk_rows(config: PretrainedConfig, length: int) -> int:

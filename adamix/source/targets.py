@@ -39,6 +39,8 @@ class Treatment(Enum):
     EMBEDDING = "embedding"
     WHOLE = "whole"
 
+ROUND = 1024  # tensors between two gatherings: their digests take up to 128 KiB each
+
 
 @dataclass(frozen=True)
 class Target:
@@ -81,6 +83,9 @@ class Survey:
     def of(self, *treatments: Treatment) -> list[Target]:
         """The targets with one of these treatments."""
         return [target for target in self.targets if target.treatment in treatments]
+
+
+Look = tuple[list[TensorDigest | None], list[Target]]  # of one tensor: of both sides, what it is
 
 
 def check_pair(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture) -> None:
@@ -157,10 +162,15 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> Weight
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
            compress_embeddings: bool = True, compress_vision: bool = True,
            executor: Executor | None = None, ahead: int = 1,
-           on_tensor: Callable[[str], None] = lambda name: None) -> Survey:
+           on_tensor: Callable[[str], None] = lambda name: None,
+           mine: Callable[[list[int]], list[int]] = lambda sizes: list(range(len(sizes))),
+           gather: Callable[[dict[str, Look]], list[dict[str, Look]]] = lambda found: [found]
+           ) -> Survey:
     """Read every tensor of both once: compare, look for NaN and Inf, hash, decide.
 
     Args:
+        mine: which of tensors of so many bytes this process looks at, by number.
+        gather: what all processes have found.
         executor: works on tensors side by side; None: on one after the other.
         ahead: tensors at a time there.
         compress_embeddings: False keeps the embedding and the head whole.
@@ -174,7 +184,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     names = sorted({*base.names, *finetuned.names})
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
 
-    def look(name: str) -> tuple[list[TensorDigest | None], list[Target]]:
+    def look(name: str) -> Look:
         sides = [source.read(name) if name in source else None for source in (base, finetuned)]
         digests = [None if side is None else digest(name, side) for side in sides]
         if sides[1] is None:
@@ -183,15 +193,29 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
             _check_finite(name, side, values)
         return digests, _decide(name, *sides, architecture, whole)
 
-    found = map(look, names) if executor is None else in_order(executor, look, names, ahead)
-    for name, (digests, some) in zip(names, found, strict=True):
-        for fingerprint, one in zip(fingerprints, digests, strict=True):
-            if one is not None:
-                fingerprint.take(one)
-        targets += some
-        on_tensor(name)
+    for start in range(0, len(names), ROUND):
+        some = names[start : start + ROUND]
+        ours = [some[i] for i in mine([_bytes_of(name, base, finetuned) for name in some])]
+        looks = map(look, ours) if executor is None else in_order(executor, look, ours, ahead)
+        looked: dict[str, Look] = {}
+        for name, one in zip(ours, looks, strict=True):
+            looked[name] = one
+            on_tensor(name)
+        found = {name: one for part in gather(looked) for name, one in part.items()}
+        for name in some:
+            for fingerprint, one in zip(fingerprints, found[name][0], strict=True):
+                if one is not None:
+                    fingerprint.take(one)
+            targets += found[name][1]
+        for name in sorted(found.keys() - looked.keys()):
+            on_tensor(name)
     absent = [name for name in base.names if name not in finetuned]
     return Survey(targets, *(fingerprint.result() for fingerprint in fingerprints), absent)
+
+
+def _bytes_of(name: str, *sources: Checkpoint) -> int:
+    shapes = [source.headers[name] for source in sources if name in source]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 def _check_finite(name: str, side: str, values: Tensor | None) -> None:

@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -199,6 +200,37 @@ class WorkFolder:
         folder.chmod(0o755)
         refuse_existing(self.out)
         folder.rename(self.out)
+
+
+class NoFolder:
+    """Stands for the work folder in a process whose results another one keeps."""
+
+    def check(self, fingerprint: dict[str, object], *, restart: bool) -> None:
+        pass
+
+    def tokens(self) -> None:
+        return None
+
+    def keep_tokens(self, tokens: Tensor, sha256: str) -> None:
+        pass
+
+    def matrices(self, names: Iterable[str]) -> dict[str, CompressedMatrix]:
+        return {}
+
+    def keep(self, matrix: CompressedMatrix) -> None:
+        pass
+
+    def energies(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {}
+
+    def keep_energies(self, name: str, energies: Tensor) -> None:
+        pass
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what only this run needs, among the machine's temporary files."""
+        with tempfile.TemporaryDirectory(prefix="adamix-") as folder:
+            yield Path(folder)
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def calibration_work(linears: Mapping[str, tuple[int, ...]], inputs: Iterable[in
                 activations=chunks * layers * activations)
 
 
-def sampling_work(weights: int, config: PretrainedConfig, tokens: tuple[int, int]) -> Work:
+def sampling_work(weights: int, config: PretrainedConfig, tokens: tuple[int, int], *,
+                  gpu: bool = False) -> Work:
     """One chunk of text that the model writes itself, token by token.
 
     Args:
@@ -151,11 +152,11 @@ def sampling_work(weights: int, config: PretrainedConfig, tokens: tuple[int, int
         config: the model's.
         tokens: sequences and their length.
     """
-    rows, steps = min(chunk_rows(config, tokens[1]), tokens[0]), tokens[1] - 1
+    rows, steps = min(chunk_rows(config, tokens[1], gpu=gpu), tokens[0]), tokens[1] - 1
     return Work(products_fp32=2 * rows * steps * weights,  # and of the cache half on average
                 cached=steps * rows * cache_bytes(config, tokens[1]) / 2)
 
 
-def sampling_chunks(config: PretrainedConfig, tokens: tuple[int, int]) -> int:
+def sampling_chunks(config: PretrainedConfig, tokens: tuple[int, int], *, gpu: bool = False) -> int:
     """How many chunks the text is written in, each by one thread."""
-    return -(-tokens[0] // chunk_rows(config, tokens[1]))
+    return -(-tokens[0] // chunk_rows(config, tokens[1], gpu=gpu))

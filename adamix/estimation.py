@@ -188,10 +188,10 @@ def _sampling_seconds(run: Foreseen, rates: Work) -> float:
     weights = sum(math.prod(run.shapes[name]) for name in names & run.shapes.keys())
     if run.architecture.tied:
         weights += math.prod(run.shapes[run.architecture.embedding or ""])
-    config = run.model.config
-    chunk = sampling_work(weights, config, run.tokens)
-    at_a_time = 1 if run.compute.is_cuda else run.threads
-    return -(-sampling_chunks(config, run.tokens) // at_a_time) * chunk.seconds(rates)
+    config, gpu = run.model.config, run.compute.is_cuda
+    chunk = sampling_work(weights, config, run.tokens, gpu=gpu)
+    chunks = sampling_chunks(config, run.tokens, gpu=gpu)
+    return -(-chunks // (1 if gpu else run.threads)) * chunk.seconds(rates)
 
 
 def _calibration_work(run: Foreseen) -> Work:

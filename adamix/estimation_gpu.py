@@ -70,7 +70,7 @@ def sampling_device_bytes(compute: Compute, numels: Sequence[int], config: Pretr
         numels: of the model's tensors.
     """
     weights = compute.dtype.itemsize * (sum(numels) + max(numels, default=0))
-    return weights + chunk_bytes(config, length)
+    return weights + chunk_bytes(config, length, gpu=True, itemsize=compute.dtype.itemsize)
 
 
 def with_workspaces(taken: int) -> int:

@@ -219,7 +219,7 @@ def test_jobs_run_side_by_side_as_far_as_is_planned():
 def test_a_sampling_model_is_there_whole_with_a_chunks_cache():
     config = LlamaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2)
     assert sampling_device_bytes(FAKE, [1000, 50], config, 32) == (
-        2 * 2050 + chunk_bytes(config, 32))
+        2 * 2050 + chunk_bytes(config, 32, gpu=True, itemsize=FAKE.dtype.itemsize))
 
 
 def test_tensors_that_are_read_side_by_side_are_neighbours():

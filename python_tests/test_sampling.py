@@ -119,6 +119,7 @@ def test_a_chunk_is_bounded_by_its_cache():
     assert chunk_rows(small, 256) == sampling.CHUNK
     a_sequence = 2 * 32 * 8 * 128 * 2048 * 4  # keys and values, fp32: 512 MiB
     assert chunk_rows(large, 2048) == sampling.CACHE_BYTES // a_sequence == 2
+    assert chunk_rows(large, 2048, gpu=True) == sampling.GPU_CACHE_BYTES // a_sequence == 20
     assert chunk_rows(large, 10**6) == 1
 
 

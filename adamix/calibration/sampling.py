@@ -14,7 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from adamix.errors import CalibrationError, NonFiniteError
 
 CHUNK = 64  # sequences sampled together at most: one random stream each chunk
-CACHE_BYTES = 2**30  # of the keys and values of one chunk, in fp32
+# Of the keys and values of one chunk, counted in fp32: a GPU, where every step takes the same time
+# for few sequences and for many, has fewer chunks.
+CACHE_BYTES, GPU_CACHE_BYTES = 2**30, 10 * 2**30
 
 
 def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: int, length: int,
@@ -49,7 +51,8 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     if not 0 <= start < vocabulary:
         raise CalibrationError(f"the token {start} that begins a document is outside the "
                                f"vocabulary of {vocabulary}: give --calibration FILE")
-    chunks = list(_chunks(sequences, chunk_rows(model.config, length)))
+    rows = chunk_rows(model.config, length, gpu=model.device.type != "cpu")
+    chunks = list(_chunks(sequences, rows))
     jobs = {first: executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
             for first, rows in (chunks[i] for i in mine([rows for _, rows in chunks]))}
     parts = {}
@@ -62,18 +65,21 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     return torch.cat([found[first] for first, _ in chunks])
 
 
-def chunk_rows(config: PretrainedConfig, length: int) -> int:
+def chunk_rows(config: PretrainedConfig, length: int, *, gpu: bool = False) -> int:
     """Sequences a chunk: what the cache's bound allows. A fact of the model, not of the machine."""
-    return max(1, min(CHUNK, CACHE_BYTES // cache_bytes(config, length)))
+    bound = GPU_CACHE_BYTES if gpu else CACHE_BYTES
+    return max(1, min(CHUNK, bound // cache_bytes(config, length)))
 
 
-def chunk_bytes(config: PretrainedConfig, length: int) -> int:
+def chunk_bytes(config: PretrainedConfig, length: int, *, gpu: bool = False, itemsize: int = 4
+                ) -> int:
     """What sampling one chunk takes beside the model: keys and values, which grow by copies of a
-    layer's, and the logits with what is drawn from them."""
+    layer's, of so many bytes a number, and the logits with what is drawn from them."""
     text = config.get_text_config()
     layers = text.num_hidden_layers
-    cache = cache_bytes(config, length)
-    return chunk_rows(config, length) * (cache + 2 * cache // layers + 6 * 4 * text.vocab_size)
+    cache = cache_bytes(config, length) * itemsize // 4
+    rows = chunk_rows(config, length, gpu=gpu)
+    return rows * (cache + 2 * cache // layers + 6 * 4 * text.vocab_size)
 
 
 def cache_bytes(config: PretrainedConfig, length: int) -> int:

@@ -46,6 +46,13 @@ class Compute:
 CPU = Compute(torch.device("cpu"), torch.float32)
 
 
+def expand_segments() -> None:
+    """Matrices of many sizes come and go: torch would hold a third more than is in use at any time.
+    Of no effect once CUDA is in use, or where the user has set options of torch's allocator."""
+    if not torch.cuda.is_initialized() and not ALLOCATOR_OPTIONS & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype]) -> Compute:
     """The device that a user asked for, or a GPU where there is one.
 
@@ -72,9 +79,7 @@ def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype
     if not has_kernels:
         raise DeviceError("this adamix was built without CUDA: build it with ADAMIX_CUDA=ON, or "
                           "give --device cpu")
-    # Matrices of many sizes come and go: torch would hold a third more than is in use at any time.
-    if not torch.cuda.is_initialized() and not ALLOCATOR_OPTIONS & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    expand_segments()
     index = torch.cuda.current_device() if found.index is None else found.index
     # torch loads its linear algebra at the first use, and fails where two threads are first.
     torch.linalg.cholesky(torch.eye(1, device=torch.device("cuda", index)))

@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 
 from adamix import errors
 from adamix.calibration.sums import Share
-from adamix.devices import Compute
+from adamix.devices import Compute, expand_segments
 from adamix.environment import local_count, local_rank
 from adamix.errors import AdamixError, DeviceError, RankError, reason
 from adamix.ranks import Part, Ranks, Value
@@ -68,6 +68,7 @@ class Launched(Ranks):
             raise DeviceError(f"{local_count()} processes were started on a machine with "
                               f"{torch.cuda.device_count()} GPUs: one each is needed, or --device "
                               f"cpu")
+        expand_segments()
         torch.cuda.set_device(torch.device(text) if ":" in text else local_rank())
         return asked
 

@@ -11,11 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-plot, plot_serving, rows, tables = map(
-    importlib.import_module, ("plot", "plot_serving", "rows", "tables"))
+compression_tables, plot, plot_serving, rows, tables = map(
+    importlib.import_module, ("compression_tables", "plot", "plot_serving", "rows", "tables"))
 
 README = (ROOT / "README.md").read_text()
-MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS)
+MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS, compression_tables.ROWS)
 
 
 def kernels():
@@ -26,11 +26,16 @@ def serving():
     return plot_serving.latest(rows.read_rows([plot_serving.ROWS], rows.ServingRow))
 
 
+def compressions():
+    return rows.read_rows([compression_tables.ROWS], rows.CompressionRow)
+
+
 @pytest.mark.parametrize(("command", "text"), [
+    ("compression_tables.py", compression_tables.markdown(compressions())),
     ("plot.py", tables.markdown(plot.table_rows())),
     ("plot_serving.py", plot_serving.markdown(serving()))])
 def test_the_readme_has_the_tables_of_the_rows(command, text):
-    assert f"python benchmarks/{command} --table " in README
+    assert re.search(rf"python benchmarks/{command} (--table )? *#", README)
     assert f"\n\n{text}\n\n" in README, f"paste what benchmarks/{command} --table prints"
 
 
@@ -93,6 +98,21 @@ def test_what_the_text_says_of_kernels_is_in_the_rows():
             f"up to {max(over_base):.1f} times as long as the base GEMM",
             f"need {min(low_rank):.1f} to {max(low_rank):.1f} of its time"):
         assert said in words(README), said
+
+
+def test_what_the_text_says_of_compressing_is_in_the_rows():
+    of = {run[-1].processes: {row.stage: row.seconds for row in run}
+          for run in compression_tables.runs(compressions(), "model")}
+    one, two = of[1], of[2]
+    inner = "calibration and compression"
+    for said in (
+            f"compressed in {one['whole']:.0f} seconds on one",
+            f"compress {one['whole'] / two['whole']:.2f} times as fast as one (target 1.7), "
+            f"{one[inner] / two[inner]:.2f} times without"):
+        assert said in words(README), said
+    last = [run[-1] for run in compression_tables.runs(compressions(), "model")]
+    assert len({row.sha256 for row in last}) == 1 and last[0].sha256
+    assert min(row.reserved_gb for row in last) < 24
 
 
 def test_what_the_text_says_of_swaps_is_in_the_log():

@@ -49,7 +49,8 @@ step operators 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_
   python_tests/test_ops_contract.py
 step compression 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_devices.py
 step serving 300 "$python" -m pytest -q -p no:cacheprovider python_tests/test_attach.py \
-  python_tests/test_bank.py python_tests/test_continuous.py python_tests/test_routed_experts.py
+  python_tests/test_many_finetunes.py python_tests/test_bank.py python_tests/test_continuous.py \
+  python_tests/test_routed_experts.py
 # Slow, so all of them side by side; SANITIZER_FILTER picks tests, SANITIZER_SECONDS limits each.
 for tool in memcheck racecheck; do
   for test in "$build"/test_*_cuda; do

@@ -23,7 +23,7 @@ from methods.reconstruction import Reconstruction
 
 CUT = (0.6, 0.7, 0.8, 0.9, 0.95)  # β
 POWERS = (0.5, 1.0)  # C
-ENTRY_BITS, SEED_BITS, SEED, HALVINGS = 16, 64, 0, 30
+ENTRY_BITS, SEED_BITS, SEED, STEPS = 16, 64, 0, 200
 
 
 def compress(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | None:
@@ -44,18 +44,16 @@ def compress(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | 
 
 def shares_within(s: Tensor, shape: tuple[int, int], beta: float, power: float, budget_bits: int
                   ) -> Tensor | None:
-    """The least dropped shares that fit, None where even one component does not."""
-    low, high, found = beta, 1.0, None
-    for _ in range(HALVINGS):
-        alpha = 0.5 * (low + high)
-        shares = dropped_shares(s, alpha, beta, power)
-        if len(shares) and stored_bits(shape, shares) <= budget_bits:
-            high, found = alpha, shares
-        elif len(shares):
-            low = alpha
-        else:
-            high = alpha
-    return found
+    """Dropped shares for the α that uses most of the budget; None where none keeps to it."""
+    full = ENTRY_BITS * len(s) * sum(shape)
+    kept = min(budget_bits / full, 1.0 - beta)  # α drops this share and up to one component more
+    best, most = None, 0
+    for share in torch.linspace(0.9 * kept, min(1.1 * kept, 1.0 - beta), STEPS).tolist():
+        shares = dropped_shares(s, 1.0 - share, beta, power)
+        bits = stored_bits(shape, shares)
+        if len(shares) and most < bits <= budget_bits:
+            best, most = shares, bits
+    return best
 
 
 def dropped_shares(s: Tensor, alpha: float, beta: float, power: float) -> Tensor:

@@ -33,10 +33,12 @@ PANELS = {"calibration inputs": "calibration", "held-out inputs": "held_out"}
 def figure_of(rows: Sequence[MethodRow]) -> Figure:
     """A panel for the inputs that calibrated, one for those held out."""
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharex=True, sharey=True)
+    panels = figure.subplots(1, len(PANELS))
     found = means(rows)
+    errors = [error for mean in found.values() for error in (mean.calibration, mean.held_out)]
     for panel, (title, error) in zip(panels, PANELS.items(), strict=True):
         draw(panel, found, error)
+        panel.set_ylim(min(errors) / 1.3, max(errors) * 1.3)
         panel.set_title(title, fontsize=10)
         label_axes(panel, "bits a weight, everything counted",
                    "relative output error" if panel is panels[0] else "")

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rows import commit
+from rows import command_of, commit
 from safetensors.torch import load_file
 
 import adamix
@@ -74,11 +75,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the real deltas")
     parser.add_argument("--bits", type=float, default=1.0, help="bits a weight, everything counted")
     parser.add_argument("--presets", nargs="+", default=["adamix", "paper"])
+    parser.add_argument("--passes", type=int, help="other than the preset's")
+    parser.add_argument("--damping", type=float, help="share of the mean diagonal")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     args = parser.parse_args()
-    rows = []
+    rows, changes = [], {name: value for name in ("passes", "damping")
+                         if (value := getattr(args, name)) is not None}
     for preset in args.presets:
-        config = adamix.Config.preset(preset, bits_per_weight=args.bits)
+        config = adamix.Config.preset(preset, bits_per_weight=args.bits, **changes)
         measured = measure(args.data, config, preset)
         rows += measured
         means = [sum(float(row[key]) for row in measured) / len(measured)
@@ -87,7 +91,7 @@ def main() -> None:
               f"calibration {means[1]:.4f}, held out {means[2]:.4f}\n")
     if args.csv:
         origin = {"commit": commit(Path(__file__).parent),
-                  "command": f"bench_quality.py --bits {args.bits:g}"}
+                  "command": command_of(["bench_quality.py", *sys.argv[1:]])}
         rows = [row | origin for row in rows]
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

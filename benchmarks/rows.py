@@ -129,8 +129,32 @@ class CompressionRow:
     date: str = ""
 
 
+@dataclass(frozen=True)
+class MethodRow:
+    """A matrix compressed by one of `methods/`: relative output errors at an exact size."""
+
+    method: str
+    matrix: str
+    shape: str  # out x in
+    budget: float | None  # bits a weight; None for a method of one size
+    bits_per_weight: float | None = None  # used, everything counted
+    rank: int | None = None
+    error_calibration: float | None = None
+    error_held_out: float | None = None
+    seconds: float | None = None
+    threads: int | None = None
+    note: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.method, self.matrix, self.budget
+
+
 WHOLE = "whole"  # of a model: from the start of the process to its end, with the file finished
-AnyRow = Row | ServingRow | CompressionRow
+AnyRow = Row | ServingRow | CompressionRow | MethodRow
 
 
 def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
@@ -162,7 +186,7 @@ def check_header(path: Path, kind: type[AnyRow] = Row) -> None:
         raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
 
 
-RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow)
+RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow, MethodRow)
 
 
 def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]:

@@ -1,0 +1,27 @@
+"""This project's method, `adamix.compress_matrix`; stored is what its file has of a matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import adamix
+from methods.reconstruction import Reconstruction
+
+
+def preset_adamix(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | None:
+    return _compress("adamix", delta, gram, budget_bits)
+
+
+def preset_paper(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | None:
+    """The paper's choices with this project's quantizer."""
+    return _compress("paper", delta, gram, budget_bits)
+
+
+def _compress(preset: str, delta: Tensor, gram: Tensor, budget_bits: int
+              ) -> Reconstruction | None:
+    config = adamix.Config.preset(preset, bits_per_weight=budget_bits / delta.numel())
+    try:
+        packed = adamix.compress_matrix(delta, gram, config)
+    except adamix.BudgetError:
+        return None
+    return Reconstruction(packed.dequantize(), 8 * packed.nbytes, packed.rank)

@@ -15,6 +15,7 @@ from methods import (
     low_rank,
     ours,
     ultradelta,
+    vector_codes,
 )
 from methods.reconstruction import Method
 
@@ -22,6 +23,7 @@ from methods.reconstruction import Method
 METHODS: dict[str, Method] = {
     "this project": ours.preset_adamix,
     "this project, preset paper": ours.preset_paper,
+    "codes of four together": vector_codes.compress,
     "AdaMix, published": adamix_published.corrected,
     "AdaMix, no correction": adamix_published.uncorrected,
     "Delta-CoMe": delta_come.delta_come,

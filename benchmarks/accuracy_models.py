@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import adamix
+from adamix.budget import COUNTS_BYTES
 from adamix.calibration.gram import accumulate, shared_inputs
 from adamix.calibration.layers import find_layers
 from adamix.config import MODEL_BITS
@@ -51,11 +52,13 @@ class Compressed:
         return self.summary.bytes - sum(one.nbytes for one in self.delta.matrices.values())
 
     def budget_bits(self, name: str) -> int:
-        """What a matrix may take: its share of what the ratio leaves beside the rest."""
-        left = int(self.summary.bytes_16bit / self.ratio) - self.beside
+        """What a matrix may take, as this project's budget has it: its share of what the ratio
+        leaves beside the rest, and a row of the table of counts."""
+        counts = COUNTS_BYTES * len(self.delta.matrices)
+        left = int(self.summary.bytes_16bit / self.ratio) - self.beside - counts
         weights = sum(one.shape[0] * one.shape[1] for one in self.delta.matrices.values())
         shape = self.delta.matrices[name].shape
-        return 8 * left * shape[0] * shape[1] // weights
+        return 8 * left * shape[0] * shape[1] // weights + 8 * COUNTS_BYTES
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Compression:
         """By this project's method; the first call samples the tokens that all others use too."""
         if (preset, ratio) not in self._made:
             out = self.folder / f"{preset}-{ratio:g}"
-            device = self.reference.device
+            # On a GPU only where this project's kernels are built for one.
+            device = None if self.reference.device.type == "cuda" else "cpu"
             config = replace(adamix.Config.preset(preset, ratio=ratio), seed=self.config.seed,
                              calibration_sequences=self.config.calibration_sequences,
                              calibration_length=self.config.calibration_length)

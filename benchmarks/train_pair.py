@@ -34,7 +34,7 @@ RECORD = "training.json"
 CONTEXT = 128  # tokens of an example at most
 IGNORED = -100  # a label that counts for nothing
 WARMUP = 0.1  # of the steps
-LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 1e-3
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 1e-3
 
 
 @dataclass(frozen=True)

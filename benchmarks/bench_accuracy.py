@@ -143,7 +143,9 @@ class Bench:
             except (NoSuchSize, BudgetError) as error:
                 self.write(replace(row, note=str(error)))
                 continue
-            row = replace(row, bytes=result.bytes, error=result.error, seconds=result.seconds)
+            note = "one size" if name in other_methods()[1] else ""
+            row = replace(row, bytes=result.bytes, error=result.error, seconds=result.seconds,
+                          note=note)
             self.write(questions.score(row, result.model, reference))
             del result
             gc.collect()

@@ -65,6 +65,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: list[Example]) -> list[tupl
         ids = [*text, tokenizer.eos_token_id]
         if len(ids) > CONTEXT:
             raise ValueError(f"an example has {len(ids)} tokens, more than {CONTEXT}")
+        if ids[: len(prompt)] != prompt:
+            raise ValueError("the answer changes how the tokenizer splits its prompt")
         coded.append((ids, len(prompt)))
     return coded
 

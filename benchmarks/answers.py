@@ -40,13 +40,14 @@ def lora_bytes(model: nn.Module, rank: int) -> int:
 
 
 def lora_rank(model: nn.Module, ratio: float) -> int:
-    """The largest rank whose 16-bit bytes are at most those of the model over `ratio`.
+    """The rank whose 16-bit bytes come nearest to those of the model over `ratio`: rounding down
+    would cost a small rank, and so the LoRA of a high ratio, an eighth of its size.
 
     Raises:
-        SystemExit: not even rank 1 is.
+        SystemExit: that is none.
     """
     allowed = 2 * sum(parameter.numel() for parameter in model.parameters()) / ratio
-    rank = int(allowed / lora_bytes(model, 1))
+    rank = round(allowed / lora_bytes(model, 1))
     if rank < 1:
         raise SystemExit(f"ratio {ratio:g} allows {allowed:.0f} bytes, and a LoRA of rank 1 takes "
                          f"{lora_bytes(model, 1)}")

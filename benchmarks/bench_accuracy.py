@@ -217,17 +217,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="begin nothing after these")
     parser.add_argument("--csv", type=Path, help="append the rows here")
-    parser.add_argument("--table", action="store_true", help="print the Markdown of --csv")
+    parser.add_argument("--table", type=Path, nargs="*", metavar="CSV",
+                        help="print the Markdown of these rows")
     args = parser.parse_args(arguments)
-    if not args.table and args.base is None:
+    if args.table is None and args.base is None:
         parser.error("--base: the base's folder")
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    if args.table:
-        print(markdown(read_rows([args.csv or ROWS], AccuracyRow)))
+    if args.table is not None:
+        print(markdown(read_rows(args.table or [ROWS], AccuracyRow)))
         return
     bench = Bench(args)
     for folder in args.finetunes:

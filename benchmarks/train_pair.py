@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank")
     size.add_argument("--lora-ratio", type=float, metavar="RATIO",
-                      help="the largest rank whose 16-bit bytes are the model's over RATIO")
+                      help="the rank whose 16-bit bytes come nearest to the model's over RATIO")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64, help="examples a step")
     parser.add_argument("--learning-rate", type=float,

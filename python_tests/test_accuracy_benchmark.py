@@ -108,6 +108,49 @@ def test_halves_of_heads_by_hand():
     assert got == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+def test_a_gguf_file_becomes_a_checkpoint_with_the_same_logits(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    config = LlamaConfig(vocab_size=264, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+                         max_position_embeddings=32, tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    heads = {"attn_q": 4, "attn_k": 2}
+    names = {smollm2.transformers_name(name): name
+             for name in [f"blk.{i}.{part}.weight" for i in range(2) for part in smollm2.INNER]
+             + ["token_embd.weight", "output_norm.weight"]}
+    file = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    for (name, part), theirs in names.items():
+        weight = model.state_dict()[name].float()
+        if part in heads:  # transformers' two halves of a head -> pairs side by side
+            weight = weight.reshape(heads[part], 2, 2, 16).transpose(1, 2).reshape(weight.shape)
+        file.add_tensor(theirs, weight.contiguous().numpy())
+    for name, value in (("embedding_length", 16), ("feed_forward_length", 24), ("block_count", 2),
+                        ("attention.head_count", 4), ("attention.head_count_kv", 2),
+                        ("context_length", 32)):
+        file.add_uint32(f"llama.{name}", value)
+    file.add_float32("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    file.add_float32("llama.rope.freq_base", config.rope_parameters["rope_theta"])
+    letters = sorted(smollm2.pre_tokenizers.ByteLevel.alphabet())
+    file.add_tokenizer_pre("smollm")
+    file.add_token_list(["<none>", "<begin>", "<end>", *letters, "ab", "Ġab", "1ab", "ba", "bab"])
+    file.add_token_types([3] * 3 + [1] * 261)
+    file.add_token_merges(["a b", "Ġ ab", "1 ab"])
+    for role, number in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 2)):
+        file.add_uint32(f"tokenizer.ggml.{role}_token_id", number)
+    file.add_chat_template("{{ messages[0].content }}")
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    smollm2.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(20)[None]
+    assert torch.equal(made.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+    tokenizer = training.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("ab ab 1ab<end>") == ["ab", "Ġab", "Ġ", "1", "ab", "<end>"]
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<end>", "<end>")
+
+
 # --- training ----------------------------------------------------------------------------------
 
 
@@ -185,14 +228,15 @@ def test_a_lora_needs_peft_or_writes_an_adapter_of_the_bytes_it_names(base, tmp_
     assert changed and {name.split(".")[-2] for name in changed} <= set(answers.LINEARS)
 
 
-def test_the_rank_whose_bytes_fit_by_hand():
+def test_the_rank_of_a_ratio_by_hand():
     layers = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(30, 10, bias=False),
                                   "lm_head": torch.nn.Linear(10, 10, bias=False)})
     assert answers.lora_bytes(layers, 3) == 2 * 3 * 40
     # 400 weights: 800 bytes, half of them 400; a rank takes 80.
-    assert answers.lora_rank(layers, 2) == 5
+    assert answers.lora_rank(layers, 2) == answers.lora_rank(layers, 2.2) == 5
+    assert answers.lora_rank(layers, 1.8) == 6 and answers.lora_rank(layers, 16) == 1
     with pytest.raises(SystemExit, match="rank 1 takes 80"):
-        answers.lora_rank(layers, 16)
+        answers.lora_rank(layers, 32)
 
 
 # --- accuracy ----------------------------------------------------------------------------------
@@ -273,7 +317,7 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path, capsys):
             tables.AccuracyRow("m", "invented", "LoRA", 16.0, 0, None, 15_000_000, prompts=200,
                                right=150)):
         rows.append_row(path, row)
-    bench.main(["--table", "--csv", str(path)])
+    bench.main(["--table", str(path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("**m, invented** (200 prompts): base 0.5 %; fine-tune 95.0 %; KL(fine-tune "
                         "‖ base) 2.0000 on prompts, 0.5000 on text.")

@@ -110,7 +110,7 @@ def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
         read_manifest(Path(delta))
     tokenizer = tokenizer_of([path for path in (finetuned, delta, base) if path is not None])
     asked = _read_prompts(prompts, limit)
-    answered = [_document(tokenizer, prompt) for prompt in asked]
+    answered = [answered_window(tokenizer, prompt) for prompt in asked]
     texts = _texts(tokenizer, text)
     scored = sum(len(ids) - 1 for ids in texts)
     scores: dict[str, Scores | None] = dict.fromkeys(("base", "fine-tune", "compressed"))
@@ -211,7 +211,7 @@ def score_windows(model: transformers.PreTrainedModel, windows: Sequence[Window]
     Args:
         model: in eval mode.
         windows: any lengths >= 2.
-        reference: None for no KL.
+        reference: None for no KL; on the model's device.
         executor: runs the batches; None for one after the other.
 
     Returns:
@@ -219,14 +219,14 @@ def score_windows(model: transformers.PreTrainedModel, windows: Sequence[Window]
     """
     @torch.inference_mode()
     def score(batch: list[Window]) -> tuple[float, float, int]:
-        ids = torch.stack([window.ids for window in batch])
+        ids = torch.stack([window.ids for window in batch]).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         theirs = None if reference is None else reference(input_ids=ids, use_cache=False).logits
         loss = divergence = 0.0
         for row, window in enumerate(batch):
             predicting = slice(window.first - 1, len(window.ids) - 1)
             other = None if theirs is None else theirs[row, predicting]
-            part = _sums(logits[row, predicting], window.ids[window.first :], other)
+            part = _sums(logits[row, predicting], ids[row, window.first :], other)
             loss, divergence = loss + part[0], divergence + part[1]
         return loss, divergence, sum(len(window.ids) - window.first for window in batch)
 
@@ -278,7 +278,8 @@ def _knows(model: transformers.PreTrainedModel, texts: list[Tensor]) -> bool:
     return all(int(ids.max()) < rows for ids in texts)
 
 
-def _document(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt) -> Window:
+def answered_window(tokenizer: transformers.PreTrainedTokenizerBase, prompt: Prompt) -> Window:
+    """A prompt with its answer and the end; every token but the first counts."""
     ids = tokenizer(join_answer(prompt.prompt, prompt.answer))["input_ids"]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]

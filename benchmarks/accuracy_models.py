@@ -1,0 +1,172 @@
+"""A fine-tune compressed by any method, as a model in memory: bench_accuracy.py's arithmetic.
+
+Methods differ in the linear layers of the blocks alone. What is left, the embedding (here the head
+too), norms and biases, is in every model as preset `adamix` compresses or stores it at that ratio,
+and its bytes count in every row. Each matrix of the blocks has the same bits a weight, those that
+this project's budget for the ratio gives it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from answers import block_linears
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import adamix
+from adamix.budget import COUNTS_BYTES
+from adamix.calibration.gram import accumulate, shared_inputs
+from adamix.calibration.layers import find_layers
+from adamix.config import MODEL_BITS
+from adamix.merging import restored_model
+from adamix.parallel import workers
+from adamix.storage.log import TOKENS_FILE
+
+PRESETS = ("adamix", "paper")
+ANY_SIZE = 2**62  # bits, for a method that has one size only
+
+
+class NoSuchSize(Exception):
+    """A method has no size so small for some matrix."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A delta folder of this project's."""
+
+    folder: Path
+    delta: adamix.ModelDelta
+    summary: adamix.Summary
+    ratio: float
+
+    @property
+    def beside(self) -> int:
+        """Bytes of all but the compressed matrices."""
+        return self.summary.bytes - sum(one.nbytes for one in self.delta.matrices.values())
+
+    def budget_bits(self, name: str) -> int:
+        """What a matrix may take, as this project's budget has it: its share of what the ratio
+        leaves beside the rest, and a row of the table of counts."""
+        counts = COUNTS_BYTES * len(self.delta.matrices)
+        left = int(self.summary.bytes_16bit / self.ratio) - self.beside - counts
+        weights = sum(one.shape[0] * one.shape[1] for one in self.delta.matrices.values())
+        shape = self.delta.matrices[name].shape
+        return 8 * left * shape[0] * shape[1] // weights + 8 * COUNTS_BYTES
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model whose blocks one method has restored."""
+
+    model: PreTrainedModel
+    bytes: int
+    error: float
+    seconds: float
+
+
+@dataclass
+class Compression:
+    """One fine-tune with one seed of calibration; what several methods need is made once."""
+
+    base: Path
+    finetuned: Path
+    base_model: PreTrainedModel  # both fp32, on the device
+    reference: PreTrainedModel
+    config: adamix.Config  # sequences, their length, seed
+    folder: Path  # for delta folders
+
+    def __post_init__(self) -> None:
+        self._made: dict[tuple[str, float], Compressed] = {}
+        self._tokens: Tensor | None = None
+
+    def compressed(self, preset: str, ratio: float) -> Compressed:
+        """By this project's method; the first call samples the tokens that all others use too."""
+        if (preset, ratio) not in self._made:
+            out = self.folder / f"{preset}-{ratio:g}"
+            # On a GPU only where this project's kernels are built for one.
+            device = None if self.reference.device.type == "cuda" else "cpu"
+            config = replace(adamix.Config.preset(preset, ratio=ratio), seed=self.config.seed,
+                             calibration_sequences=self.config.calibration_sequences,
+                             calibration_length=self.config.calibration_length)
+            summary = adamix.compress(self.base, self.finetuned, out, config,
+                                      calibration=self._tokens, device=device)
+            if self._tokens is None:
+                self._tokens = load_file(out / TOKENS_FILE)["input_ids"].long()
+            self._made[preset, ratio] = Compressed(out, adamix.load(out), summary, ratio)
+        return self._made[preset, ratio]
+
+    @cached_property
+    def deltas(self) -> dict[str, Tensor]:
+        """ΔW of every linear layer of the blocks, on the CPU."""
+        before = block_linears(self.base_model)
+        return {name: (layer.weight - before[name].weight).detach().cpu()
+                for name, layer in block_linears(self.reference).items()}
+
+    @cached_property
+    def grams(self) -> dict[str, Tensor]:
+        """X Xᵀ of every such layer over the calibration's tokens, on the CPU."""
+        assert self._tokens is not None, "the first compression samples the tokens"
+        layers = find_layers(self.reference, set(self.deltas))
+        groups = shared_inputs(self.reference, self._tokens, layers)
+        with workers(1 if self.reference.device.type == "cuda" else None) as executor:
+            sums = accumulate(self.reference, self._tokens, {name: layers[name] for name in groups},
+                              executor=executor)
+        return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
+
+    def by_preset(self, preset: str, ratio: float) -> Result:
+        """The blocks by this project's method with a preset."""
+        start = time.perf_counter()
+        frame, own = self.compressed("adamix", ratio), self.compressed(preset, ratio)
+        packed = {name: own.delta.matrices[f"{name}.weight"] for name in self.deltas}
+        return self._result(frame, {name: one.dequantize() for name, one in packed.items()},
+                            8 * sum(one.nbytes for one in packed.values()), start)
+
+    def by_method(self, method: Callable[..., object], ratio: float, *, one_size: bool) -> Result:
+        """The blocks by one of `methods/`.
+
+        Raises:
+            NoSuchSize: a matrix has none so small.
+        """
+        frame, grams = self.compressed("adamix", ratio), self.grams
+        start = time.perf_counter()
+
+        def one(name: str) -> object:
+            budget = ANY_SIZE if one_size else frame.budget_bits(f"{name}.weight")
+            result = method(self.deltas[name], grams[name], budget)
+            if result is None:
+                raise NoSuchSize(f"has no size so small for {name}")
+            if result.bits > budget:
+                raise RuntimeError(f"{result.bits} bits of {budget} for {name}")
+            return result
+
+        with workers() as executor:
+            results = dict(zip(self.deltas, executor.map(one, self.deltas), strict=True))
+        return self._result(frame, {name: result.dense for name, result in results.items()},
+                            sum(result.bits for result in results.values()), start)
+
+    @torch.no_grad()
+    def _result(self, frame: Compressed, dense: dict[str, Tensor], bits: int, start: float
+                ) -> Result:
+        seconds = time.perf_counter() - start
+        model = restored_model(self.base, frame.folder).to(self.reference.device)
+        before = block_linears(self.base_model)
+        for name, layer in block_linears(model).items():
+            layer.weight.copy_(before[name].weight + dense[name].to(layer.weight))
+        errors = [adamix.relative_error(*(part.to(self.reference.device) for part in (
+            delta, dense[name], self.grams[name]))) for name, delta in self.deltas.items()]
+        others = sum(one.nbytes for name, one in frame.delta.matrices.items()
+                     if name.removesuffix(".weight") not in self.deltas)
+        return Result(model, frame.beside + others + -(-bits // 8), sum(errors) / len(errors),
+                      seconds)
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """In 16 bits."""
+    return MODEL_BITS // 8 * sum(parameter.numel() for parameter in model.parameters())

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import adamix
 from adamix.budget import COUNTS_BYTES
-from adamix.calibration.gram import accumulate, shared_inputs
+from adamix.calibration.gram import accumulate, gram_matrices, shared_inputs
 from adamix.calibration.layers import find_layers
 from adamix.config import MODEL_BITS
 from adamix.merging import restored_model
@@ -67,7 +67,8 @@ class Result:
 
     model: PreTrainedModel
     bytes: int
-    error: float
+    error: float  # mean of the matrices, on the calibration's inputs
+    error_held_out: float  # on those of the held-out prompts
     seconds: float
 
 
@@ -81,6 +82,7 @@ class Compression:
     reference: PreTrainedModel
     config: adamix.Config  # sequences, their length, seed
     folder: Path  # for delta folders
+    held_out: list[Tensor]  # token ids of prompts with their answers
 
     def __post_init__(self) -> None:
         self._made: dict[tuple[str, float], Compressed] = {}
@@ -118,6 +120,20 @@ class Compression:
         with workers(1 if self.reference.device.type == "cuda" else None) as executor:
             sums = accumulate(self.reference, self._tokens, {name: layers[name] for name in groups},
                               executor=executor)
+        return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
+
+    @cached_property
+    def held_out_grams(self) -> dict[str, Tensor]:
+        """The same over the held-out prompts and their answers."""
+        layers = find_layers(self.reference, set(self.deltas))
+        groups = shared_inputs(self.reference, self.held_out[0][None], layers)
+
+        def forward(ids: Tensor) -> None:
+            self.reference(input_ids=ids[None].to(self.reference.device), use_cache=False)
+
+        with workers(1) as executor:
+            sums = gram_matrices(forward, self.held_out, {name: layers[name] for name in groups},
+                                 executor=executor, ahead=1)
         return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
 
     def by_preset(self, preset: str, ratio: float) -> Result:
@@ -159,12 +175,12 @@ class Compression:
         before = block_linears(self.base_model)
         for name, layer in block_linears(model).items():
             layer.weight.copy_(before[name].weight + dense[name].to(layer.weight))
-        errors = [adamix.relative_error(*(part.to(self.reference.device) for part in (
-            delta, dense[name], self.grams[name]))) for name, delta in self.deltas.items()]
+        errors = [sum(adamix.relative_error(*(part.to(self.reference.device) for part in (
+            delta, dense[name], grams[name]))) for name, delta in self.deltas.items())
+            / len(self.deltas) for grams in (self.grams, self.held_out_grams)]
         others = sum(one.nbytes for name, one in frame.delta.matrices.items()
                      if name.removesuffix(".weight") not in self.deltas)
-        return Result(model, frame.beside + others + -(-bits // 8), sum(errors) / len(errors),
-                      seconds)
+        return Result(model, frame.beside + others + -(-bits // 8), *errors, seconds)
 
 
 def model_bytes(model: PreTrainedModel) -> int:

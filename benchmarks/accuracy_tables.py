@@ -23,6 +23,7 @@ class AccuracyRow:
     seed: int | None  # of the calibration
     bytes: int | None = None  # of the delta, everything counted; of a LoRA in 16 bits
     error: float | None = None  # of the blocks' outputs on calibration inputs, mean of matrices
+    error_held_out: float | None = None  # the same on the held-out prompts' inputs
     prompts: int | None = None
     right: int | None = None
     kl_prompts: float | None = None  # KL(fine-tune ‖ model) a token in nats, prompts and answers
@@ -67,7 +68,7 @@ def _table(model: str, family: str, rows: list[AccuracyRow]) -> str:
         ends += (f"; KL(fine-tune ‖ base) {_mean([row.kl_prompts for row in apart], 4)} on "
                  f"prompts, {_mean([row.kl_text for row in apart], 4)} on text")
     head = ["method"] + [title for ratio in ratios for title in (
-        f"1/{ratio:g}: right, %", "KL, prompts", "KL, text", "error", "MB")]
+        f"1/{ratio:g}: right, %", "KL, prompts", "KL, text", "error", "held out", "MB")]
     lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
     for method in methods:
         line = [method]
@@ -77,7 +78,8 @@ def _table(model: str, family: str, rows: list[AccuracyRow]) -> str:
             line += [_mean([row.accuracy for row in own], 1),
                      _mean([row.kl_prompts for row in own], 4),
                      _mean([row.kl_text for row in own], 4),
-                     _mean([row.error for row in own], 4), _mean(sizes, 2, spread=False)]
+                     _mean([row.error for row in own], 4),
+                     _mean([row.error_held_out for row in own], 4), _mean(sizes, 2, spread=False)]
         lines.append(line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"**{model}, {family}** ({prompts} prompts): {ends}.\n\n{table}"

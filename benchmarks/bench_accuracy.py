@@ -6,8 +6,9 @@
 
 Greedy answers to held-out prompts, exact or wrong; KL(fine-tune ‖ model) a token on these prompts
 with their answers and on general text; relative error of the blocks' outputs on the calibration's
-inputs. Methods: this project's presets, and by their names those of `methods/`. All models compute
-in fp32. Rows that the CSV has are not measured again, so a run that was cut short goes on.
+inputs and on those of the prompts. Methods: this project's presets, and by their names those of
+`methods/`. All models compute in fp32. Rows that the CSV has are not measured again, so a run that
+was cut short goes on.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class Bench:
         ratio = "" if row.ratio is None else f" 1/{row.ratio:g}"
         shown = [f"{name} {value:.4g}" for name, value in (
             ("right %", row.accuracy), ("KL prompts", row.kl_prompts), ("KL text", row.kl_text),
-            ("error", row.error), ("MB", row.bytes and row.bytes / 1e6),
-            ("seconds", row.seconds)) if value is not None]
+            ("error", row.error), ("held out", row.error_held_out),
+            ("MB", row.bytes and row.bytes / 1e6), ("seconds", row.seconds)) if value is not None]
         seed = "" if row.seed is None else f" seed {row.seed}"
         print(f"{row.family} {row.method}{ratio}{seed}: {', '.join(shown)} {row.note}", flush=True)
 
@@ -129,7 +130,8 @@ class Bench:
                 config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
                                        calibration_length=self.args.length)
                 compression = Compression(self.args.base, folder, base, reference, config,
-                                          Path(made))
+                                          Path(made),
+                                          [window.ids for window in questions.answered])
                 self._methods(replace(start, seed=seed), compression, questions, reference)
 
     def _methods(self, start: AccuracyRow, compression: Compression, questions: Questions,
@@ -144,8 +146,8 @@ class Bench:
                 self.write(replace(row, note=str(error)))
                 continue
             note = "one size" if name in other_methods()[1] else ""
-            row = replace(row, bytes=result.bytes, error=result.error, seconds=result.seconds,
-                          note=note)
+            row = replace(row, bytes=result.bytes, error=result.error,
+                          error_held_out=result.error_held_out, seconds=result.seconds, note=note)
             self.write(questions.score(row, result.model, reference))
             del result
             gc.collect()

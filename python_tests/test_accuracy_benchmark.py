@@ -272,6 +272,8 @@ def test_a_pair_gives_a_row_for_each_method_and_for_both_ends_once(csv, trained)
         assert (row.prompts, row.seed, row.device) == (8, 0, "cpu") and 0 <= row.right <= 8
         assert 0 < row.kl_prompts < math.inf and 0 < row.kl_text < math.inf
     assert half.error == pytest.approx(0.25, rel=1e-5)
+    assert half.error_held_out == pytest.approx(0.25, rel=1e-5)
+    assert ours.error != ours.error_held_out < 0.25
     assert 0 < ours.error < 0.2 and ours.kl_text < before.kl_text
 
 
@@ -279,7 +281,8 @@ def test_the_budget_of_the_blocks_is_their_share(base, trained, tmp_path):
     load = AutoModelForCausalLM.from_pretrained
     config = models.adamix.Config(calibration_sequences=8, calibration_length=32)
     compression = models.Compression(base, trained, load(base, dtype=torch.float32),
-                                     load(trained, dtype=torch.float32), config, tmp_path)
+                                     load(trained, dtype=torch.float32), config, tmp_path,
+                                     [torch.arange(1, 40)])
     made = compression.compressed("adamix", 3)
     shapes = {name: one.shape for name, one in made.delta.matrices.items()}
     assert len(compression.deltas) == 7 * LAYERS == len(shapes) - 2
@@ -310,10 +313,10 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path, capsys):
             tables.AccuracyRow("m", "invented", "base", None, 0, None, prompts=200, right=1,
                                kl_prompts=2.0, kl_text=0.5),
             tables.AccuracyRow("m", "invented", "fine-tune", None, 0, None, prompts=200, right=190),
-            tables.AccuracyRow("m", "invented", "adamix", 16.0, 0, 0, 16_000_000, 0.02, 200, 180,
-                               0.01, 0.1),
-            tables.AccuracyRow("m", "invented", "adamix", 16.0, 0, 1, 16_000_000, 0.04, 200, 184,
-                               0.03, 0.1),
+            tables.AccuracyRow("m", "invented", "adamix", 16.0, 0, 0, 16_000_000, 0.02, 0.3, 200,
+                               180, 0.01, 0.1),
+            tables.AccuracyRow("m", "invented", "adamix", 16.0, 0, 1, 16_000_000, 0.04, 0.3, 200,
+                               184, 0.03, 0.1),
             tables.AccuracyRow("m", "invented", "LoRA", 16.0, 0, None, 15_000_000, prompts=200,
                                right=150)):
         rows.append_row(path, row)
@@ -323,5 +326,5 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path, capsys):
                         "‖ base) 2.0000 on prompts, 0.5000 on text.")
     assert lines[2].startswith("| method | 1/16: right, % | KL, prompts |")
     assert lines[4] == ("| adamix | 91.0 (1.4) | 0.0200 (0.0141) | 0.1000 (0.0000) | "
-                        "0.0300 (0.0141) | 16.00 |")
-    assert lines[5] == "| LoRA | 75.0 |  |  |  | 15.00 |"
+                        "0.0300 (0.0141) | 0.3000 (0.0000) | 16.00 |")
+    assert lines[5] == "| LoRA | 75.0 |  |  |  |  | 15.00 |"

@@ -281,3 +281,10 @@ def test_the_picture_is_on_the_page_and_none_of_its_texts_lies_on_another():
         assert box.x0 >= 0 and box.y0 >= 0
         assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         assert not [other for other in boxes[i + 1:] if box.overlaps(other)]
+
+
+@pytest.mark.parametrize("name", ["this project", "this project, preset paper",
+                                  "codes of four together"])
+def test_what_a_budget_does_not_pay_for_is_no_reconstruction(case, name):
+    delta, gram = case
+    assert methods.METHODS[name](delta, gram, 300) is None

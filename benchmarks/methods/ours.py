@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import adamix
+from adamix.errors import BudgetError
 from methods.reconstruction import Reconstruction
 
 
@@ -22,6 +23,6 @@ def _compress(preset: str, delta: Tensor, gram: Tensor, budget_bits: int
     config = adamix.Config.preset(preset, bits_per_weight=budget_bits / delta.numel())
     try:
         packed = adamix.compress_matrix(delta, gram, config)
-    except adamix.BudgetError:
+    except BudgetError:
         return None
     return Reconstruction(packed.dequantize(), 8 * packed.nbytes, packed.rank)

@@ -1,6 +1,9 @@
 """The device that a test runs on, and the seed that all random numbers come from."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -29,6 +32,22 @@ def device(request: pytest.FixtureRequest) -> str:
         own = request.node.callspec.params.get("overload")
         skip_without_cuda(*getattr(request.module, "OPERATORS", ()), *([own] if own else ()))
     return request.param
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Executor]:
+    """A process to measure memory in: no other test has used its allocator, and what it frees of
+    large arrays goes back to the system at once."""
+    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = f"{2**17}"  # fixed: it grows with what is freed else
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            executor.submit(os.getpid).result()  # it has begun
+            yield executor
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        if before is not None:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = before
 
 
 @pytest.fixture(autouse=True, scope="session")

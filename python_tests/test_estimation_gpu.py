@@ -4,10 +4,8 @@ import json
 import struct
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -149,13 +147,6 @@ def test_a_7b_model_is_estimated_as_it_was_measured(gpu, tmp_path):
 
 
 # --- a GPU's memory ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def apart():
-    """A process whose allocator no test of this one's memory meets."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        yield executor
 
 
 def peak_of_a_job(out, n, weighted, ratio, at_a_time):

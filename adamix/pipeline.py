@@ -18,7 +18,7 @@ from torch import Tensor
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.budget import COUNTS_BYTES, plan_budget
-from adamix.calibration.filling import move_buffers, own_tensors, put
+from adamix.calibration.filling import fill, move_buffers, own_tensors
 from adamix.calibration.sampling import sample
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.calibration.token_ids import Source, given_ids
@@ -276,10 +276,7 @@ def _load(finetuned: Checkpoint, architecture: Architecture, compute: Compute
     names = {name: tuple(tensor.shape) for name, tensor in own_tensors(model)}
     if any(tensors.shapes.get(name) != shape for name, shape in names.items()):
         return load_model(finetuned.folder, compute.dtype).to(compute.device)
-    for name in names:
-        tensor = tensors.read(name)
-        dtype = compute.dtype if tensor.is_floating_point() else tensor.dtype
-        put(model, name, tensor.to(compute.device, dtype))
+    fill(model, tensors.read, compute.device, compute.dtype)
     move_buffers(model, compute.device)
     return model
 

@@ -1,48 +1,16 @@
-"""The rows of bench_accuracy.py and the tables that they make; without torch."""
+"""The tables that bench_accuracy.py's rows make; without torch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+from rows import AccuracyRow
+from tables import table
 
 ROWS = Path(__file__).parent / "results" / "accuracy.csv"
 BASE, FINETUNE, LORA = "base", "fine-tune", "LoRA"  # what is no method of compression
-
-
-@dataclass(frozen=True)
-class AccuracyRow:
-    """What one model scores on a family's held-out prompts; None where a field does not apply."""
-
-    model: str  # the base's name
-    family: str
-    method: str
-    ratio: float | None  # 16-bit bytes of the model over bytes, as asked for
-    train_seed: int
-    seed: int | None  # of the calibration
-    bytes: int | None = None  # of the delta, everything counted; of a LoRA in 16 bits
-    error: float | None = None  # of the blocks' outputs on calibration inputs, mean of matrices
-    error_held_out: float | None = None  # the same on the held-out prompts' inputs
-    prompts: int | None = None
-    right: int | None = None
-    kl_prompts: float | None = None  # KL(fine-tune ‖ model) a token in nats, prompts and answers
-    kl_text: float | None = None  # the same on general text
-    seconds: float | None = None  # to compress; of the fine-tune and a LoRA: to train
-    note: str = ""
-    device: str = ""
-    commit: str = ""
-    command: str = ""
-    date: str = ""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return self.model, self.family, self.method, self.ratio, self.train_seed, self.seed
-
-    @property
-    def accuracy(self) -> float | None:
-        """In percent."""
-        return None if self.right is None or not self.prompts else 100 * self.right / self.prompts
 
 
 def markdown(rows: Iterable[AccuracyRow]) -> str:
@@ -69,7 +37,7 @@ def _table(model: str, family: str, rows: list[AccuracyRow]) -> str:
                  f"prompts, {_mean([row.kl_text for row in apart], 4)} on text")
     head = ["method"] + [title for ratio in ratios for title in (
         f"1/{ratio:g}: right, %", "KL, prompts", "KL, text", "error", "held out", "MB")]
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+    lines = []
     for method in methods:
         line = [method]
         for ratio in ratios:
@@ -81,8 +49,8 @@ def _table(model: str, family: str, rows: list[AccuracyRow]) -> str:
                      _mean([row.error for row in own], 4),
                      _mean([row.error_held_out for row in own], 4), _mean(sizes, 2, spread=False)]
         lines.append(line)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{model}, {family}** ({prompts} prompts): {ends}.\n\n{table}"
+    return (f"**{model}, {family}** ({prompts} prompts): {ends}.\n\n"
+            f"{table(head, lines, numbers=True)}")
 
 
 def _mean(values: list[float | None], digits: int, *, spread: bool = True) -> str:

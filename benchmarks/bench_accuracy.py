@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 from accuracy_models import PRESETS, Compression, NoSuchSize, Result, model_bytes
-from accuracy_tables import BASE, FINETUNE, LORA, ROWS, AccuracyRow, markdown
+from accuracy_tables import BASE, FINETUNE, LORA, ROWS, markdown
 from answers import count_right
-from rows import append_row, command_of, commit, read_rows
+from rows import AccuracyRow, append_row, command_of, commit, read_rows
 from task_families import GENERAL_TEXT, Example, held_out_examples
 from train_pair import RECORD
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rows import MethodRow, read_rows
+from tables import table
 
 ROWS = Path(__file__).resolve().parent / "results" / "methods.csv"
 BUDGETS = (1.0, 0.5, 0.25)  # of the table; the picture has all
@@ -52,22 +53,22 @@ def markdown(rows: Sequence[MethodRow]) -> str:
     sized = sorted({method for method, budget in found if budget in BUDGETS},
                    key=lambda method: [(found.get((method, budget)) or WORST).calibration
                                        for budget in BUDGETS])
-    head = [f"{budget:.2f} bits: used | calibration | held out" for budget in BUDGETS]
-    lines = ["| method | " + " | ".join(head) + " |", "|---|" + "--:|" * 3 * len(BUDGETS)]
-    for method in sized:
-        cells = [_cells(found.get((method, budget))) for budget in BUDGETS]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    titles = ("used", "calibration", "held out")
+    head = [title for budget in BUDGETS
+            for title in (f"{budget:.2f} bits: {titles[0]}", *titles[1:])]
+    lines = [[method, *(cell for budget in BUDGETS for cell in _cells(found.get((method, budget))))]
+             for method in sized]
     fixed = sorted((mean.bits, method, mean) for (method, budget), mean in found.items()
                    if budget is None)
-    lines += ["", "| method of one size | used | calibration | held out |", "|---|--:|--:|--:|"]
-    lines += [f"| {method} | {_cells(mean)} |" for _, method, mean in fixed]
-    return "\n".join(lines)
+    others = [[method, *_cells(mean)] for _, method, mean in fixed]
+    return "\n\n".join([table(["method", *head], lines, numbers=True),
+                        table(["method of one size", *titles], others, numbers=True)])
 
 
 WORST = Mean(*(float("inf"),) * 5, 0)
 
 
-def _cells(mean: Mean | None) -> str:
+def _cells(mean: Mean | None) -> list[str]:
     if mean is None:
-        return "– | – | –"
-    return f"{mean.bits:.4f} | {mean.calibration:.4f} | {mean.held_out:.4f}"
+        return ["–"] * 3
+    return [f"{value:.4f}" for value in (mean.bits, mean.calibration, mean.held_out)]

@@ -153,8 +153,42 @@ class MethodRow:
         return self.method, self.matrix, self.budget
 
 
+@dataclass(frozen=True)
+class AccuracyRow:
+    """What one model scores on a family's held-out prompts; None where a field does not apply."""
+
+    model: str  # the base's name
+    family: str
+    method: str
+    ratio: float | None  # 16-bit bytes of the model over bytes, as asked for
+    train_seed: int
+    seed: int | None  # of the calibration
+    bytes: int | None = None  # of the delta, everything counted; of a LoRA in 16 bits
+    error: float | None = None  # of the blocks' outputs on calibration inputs, mean of matrices
+    error_held_out: float | None = None  # the same on the held-out prompts' inputs
+    prompts: int | None = None
+    right: int | None = None
+    kl_prompts: float | None = None  # KL(fine-tune ‖ model) a token in nats, prompts and answers
+    kl_text: float | None = None  # the same on general text
+    seconds: float | None = None  # to compress; of the fine-tune and a LoRA: to train
+    note: str = ""
+    device: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.model, self.family, self.method, self.ratio, self.train_seed, self.seed
+
+    @property
+    def accuracy(self) -> float | None:
+        """In percent."""
+        return None if self.right is None or not self.prompts else 100 * self.right / self.prompts
+
+
 WHOLE = "whole"  # of a model: from the start of the process to its end, with the file finished
-AnyRow = Row | ServingRow | CompressionRow | MethodRow
+AnyRow = Row | ServingRow | CompressionRow | MethodRow | AccuracyRow
 
 
 def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
@@ -186,7 +220,7 @@ def check_header(path: Path, kind: type[AnyRow] = Row) -> None:
         raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
 
 
-RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow, MethodRow)
+RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow, MethodRow, AccuracyRow)
 
 
 def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]:

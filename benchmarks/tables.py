@@ -21,8 +21,10 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join([*parts, origin(rows)]) if parts else "no rows"
 
 
-def table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [heading, ["---"] * len(heading), *lines]
+def table(heading: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """numbers: all columns but the first are lined up on the right."""
+    under = ["---", *["--:" if numbers else "---"] * (len(heading) - 1)]
+    rows = [heading, under, *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

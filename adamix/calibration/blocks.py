@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adamix.calibration.filling import empty, move_buffers, own_tensors, put
+from adamix.calibration.filling import empty, fill, move_buffers, own_tensors
 from adamix.calibration.gram import CHUNK, gram_matrices, passes, sharing
 from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.calibration.states import OnDisk
@@ -269,10 +269,9 @@ class BlockStream:
 
     def _fill(self, module: nn.Module, *, recurse: bool = True) -> None:
         """Read the module's tensors."""
-        for name, _ in list(own_tensors(module, recurse=recurse)):
-            tensor = self._read(f"{self._names[module]}.{name}".lstrip("."))
-            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-            put(module, name, tensor.to(self._device, dtype, copy=not dtype.is_floating_point))
+        prefix = self._names[module]
+        fill(module, lambda name: self._read(f"{prefix}.{name}".lstrip(".")), self._device,
+             self._dtype, recurse=recurse)
 
     def _check(self, module: nn.Module, *, recurse: bool = True) -> None:
         """Raise Unsuited where the checkpoint has not the module's tensors by their names."""

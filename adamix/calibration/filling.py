@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ def put(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[last] = tensor
+
+
+def fill(module: nn.Module, read: Callable[[str], Tensor], device: torch.device,
+         dtype: torch.dtype, *, recurse: bool = True) -> None:
+    """Give a module its tensors, read by their names in it; those of floats in the dtype."""
+    for name, _ in list(own_tensors(module, recurse=recurse)):
+        tensor = read(name)
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        put(module, name, tensor.to(device, kept, copy=not kept.is_floating_point))
 
 
 def empty(module: nn.Module, *, recurse: bool = True) -> None:

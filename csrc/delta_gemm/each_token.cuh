@@ -104,7 +104,8 @@ inline int tile_shift_of(const DeltaGemmCudaArgs& args, const Device& device) {
 // These need is_each_token(args), the last one wide tiles.
 cudaError_t launch_each_token_down(const DeltaGemmCudaArgs& args, cudaStream_t stream);
 cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
-cudaError_t launch_each_token_wide_up(const DeltaGemmCudaArgs& args, cudaStream_t stream);
+cudaError_t launch_each_token_wide_up(const DeltaGemmCudaArgs& args, const Device& device,
+                                      cudaStream_t stream);
 
 // A word a thread of the thread block; the last one is the slot.
 template <int kThreads>

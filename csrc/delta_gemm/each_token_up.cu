@@ -323,7 +323,7 @@ cudaError_t launch_each_token_up(const DeltaGemmCudaArgs& args, cudaStream_t str
   if (status != cudaSuccess) return status;
   UpPlan plan = {};
   plan.shift = tile_shift_of(args, device);
-  if (plan.shift == kWideShift) return launch_each_token_wide_up(args, stream);
+  if (plan.shift == kWideShift) return launch_each_token_wide_up(args, device, stream);
   const int most = parts_of_token(args, device);
   const int tiles = count_tiles(args, plan.shift, plan.first_tile);
   plan.z_row = each_token_z_row(args);

@@ -248,10 +248,8 @@ auto kernel_of(Element element) {
 
 }  // namespace
 
-cudaError_t launch_each_token_wide_up(const DeltaGemmCudaArgs& args, cudaStream_t stream) {
-  Device device;
-  const cudaError_t status = current_device(device);
-  if (status != cudaSuccess) return status;
+cudaError_t launch_each_token_wide_up(const DeltaGemmCudaArgs& args, const Device& device,
+                                      cudaStream_t stream) {
   WidePlan plan = {};
   const int panels = count_tiles(args, kWideShift, plan.first_panel);
   plan.z_row = each_token_z_row(args);

@@ -40,6 +40,7 @@ class Hessian:
     matrix: Tensor  # [in, in] fp64
     order: Tensor  # [in] int64: the inputs by falling diagonal of H, as GPTQ takes them
     inverse_upper: Tensor  # [in, in] fp32, H[order, order]⁻¹ = inverse_upperᵀ · inverse_upper
+    ridge: float = 0.0  # λ
 
     @cached_property
     def lower(self) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from adamix.calibration.sums import ALONE
 from adamix.compression.hessian import COLUMNS
@@ -19,8 +21,9 @@ from adamix.errors import DeviceError
 from adamix.memory import MemoryPlan, Sizes
 
 JOBS = 4  # groups of matrices at a time on a GPU: some wait for solvers, others keep it busy
-DEVICE_BYTES = 22e9  # of a GPU's memory that are used where there is more: enough to keep it busy
+DEVICE_BYTES = 23e9  # of a GPU's memory that are used where there is more: enough to keep it busy
 SHARE = 0.9  # of its free memory at most
+HELD = 1.04  # times what is planned that torch may hold, with what was freed and workspaces
 ALLOCATOR_OPTIONS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user sets them by
 RANK_SPREAD = 1.35  # times the planned rank that a matrix keeps at most, as test_costs.py has it
 
@@ -36,6 +39,41 @@ class Compute:
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """What `bound` says holds until the block's end."""
+        before = torch.cuda.get_per_process_memory_fraction(self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self.device)
+
+    def bound(self, size: int) -> None:
+        """Let torch hold no more than so many bytes of the GPU, and what its libraries take: each
+        stream's freed memory waits for that stream, and is given back rather than more taken."""
+        whole = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, HELD * size / whole), self.device)
+
+    def begin_thread(self) -> None:
+        """Give this thread a stream of its own on the GPU: copies, eigenvalues and all else that
+        leaves most of it idle then run beside the kernels of other threads."""
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream(self.device))
+
+    def queued(self) -> torch.cuda.Event | None:
+        """What this thread has asked of the GPU up to here, for `after` in another thread."""
+        return torch.cuda.current_stream(self.device).record_event() if self.is_cuda else None
+
+    def after(self, queued: torch.cuda.Event | None, *tensors: Tensor) -> None:
+        """Let this thread's stream wait for what another had `queued`, and use its tensors; their
+        memory is not taken anew before this stream is past what it does with them up to then."""
+        if queued is None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(queued)
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
     @property
     def label(self) -> str:
@@ -104,8 +142,8 @@ def matrix_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int,
     rank = min(candidates, int(RANK_SPREAD * planned_rank(shape, budget_bits, config)))
     weights, U, V = out * n, candidates * out, candidates * n
     # H, H in GPTQ's order and its factor; then that factor's inverse, some columns at a time.
-    hessian = max(28 * n * n, 24 * n * n + 24 * n * min(n, COLUMNS))
-    kept = (24 if out > n else 16) * n * n
+    hessian = max(24 * n * n, 20 * n * n + 24 * n * min(n, COLUMNS))
+    kept = (20 if out > n else 12) * n * n
     pair = (2 * itemsize + 12) * weights  # both sides, and ΔW in fp32 on its way to fp64
     delta = 8 * weights
     by_row = delta if weighted else 0
@@ -119,13 +157,18 @@ def matrix_device_bytes(shape: tuple[int, int], itemsize: int, budget_bits: int,
     simulate = 8 * (U + V) + max(14 * (lanes + 128) * n, lanes * n + 32 * V, columns)
     quantize = 8 * (U + V) + lanes * n + 28 * rank * (out + n)
     restored = 4 * weights + 2 * rank * (out + n) + 16 * rank * max(out, n)  # Δ̂ from codes
-    error = 16 * weights + 8 * n * n + restored  # ΔW − Δ̂ and what the inputs see of it
+    error = 16 * weights + restored  # ΔW − Δ̂ and what the inputs see of it
     return max(hessian, kept + pair,
                kept + delta + max(by_row + max(decompose, simulate, quantize), error))
 
 
+def held_bytes(compute: Compute, found: Sizes) -> int:
+    """Of a GPU, all the while that blocks are calibrated: hidden states, and the block at work."""
+    return int(compute.dtype.itemsize / 4 * (found.states + found.block))
+
+
 def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int,
-                sums: int = ALONE.at_once) -> MemoryPlan:
+                sums: int = ALONE.at_once, *, whole: bool = False) -> MemoryPlan:
     """How calibrating and compressing share a GPU's memory.
 
     Args:
@@ -134,14 +177,15 @@ def plan_device(compute: Compute, found: Sizes, grams: int, largest_job: int,
         grams: bytes of the Gram matrices of the block that has most of them.
         largest_job: of `matrix_device_bytes`.
         sums: of one Gram matrix that are alive at a time.
+        whole: the model is in memory whole.
     """
     share = compute.dtype.itemsize / 4
     free, _ = torch.cuda.mem_get_info(compute.device)
     free += torch.cuda.memory_reserved(compute.device)
-    states = int(share * (found.states + found.resident))
+    states = held_bytes(compute, found)
     activations = int(share * found.activations)
-    making = (sums + 1) * grams + activations  # a chunk's part is made beside the sums
+    making = max(sums * grams + activations, 0 if whole else int(share * found.resident))
     wanted = max(DEVICE_BYTES, states + max(making, largest_job))
     limit = int(min(SHARE * free, wanted)) - states
-    return MemoryPlan(limit, max(min((sums + 1) * grams, limit - activations), 0),
-                      min(making, limit), 1, False)
+    return MemoryPlan(limit, max(min(sums * grams, limit - activations), 0), min(making, limit), 1,
+                      False)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from adamix.calibration.sampling import chunk_bytes
 from adamix.costs import Work
-from adamix.devices import JOBS, Compute
+from adamix.devices import JOBS, Compute, held_bytes
 from adamix.memory import ARENA_BYTES, MemoryPlan, Sizes
 
 # What cuBLAS and cuBLASLt take for each thread that multiplies: on Hopper 32 MiB each.
@@ -42,7 +42,7 @@ def calibrating_bytes(compute: Compute, plan: MemoryPlan, found: Sizes, grams: i
         grams: bytes of the Gram matrices of the block that has most of them.
         jobs: all of them.
     """
-    states = int(compute.dtype.itemsize / 4 * (found.states + found.resident))
+    states = held_bytes(compute, found)
     counts, most = Counter(jobs), plan.making
     waiting = sum(job.gram * count for job, count in counts.items())
     share = max((job.gram / job.size for job in counts), default=0.0)

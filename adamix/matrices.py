@@ -19,13 +19,13 @@ from adamix.calibration.blocks import BlockStream, Unsuited
 from adamix.calibration.gram import accumulate, passes, shared_inputs
 from adamix.calibration.layers import ExpertGrams, find_layers, in_features
 from adamix.compression.allocate import allocate
-from adamix.compression.error import relative_error
+from adamix.compression.error import output_error, relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
 from adamix.compression.share import SPREAD, energies, share_out
 from adamix.config import Config
 from adamix.costs import group_cost
-from adamix.devices import CPU, Compute, matrix_device_bytes, plan_device
+from adamix.devices import CPU, Compute, held_bytes, matrix_device_bytes, plan_device
 from adamix.errors import AdamixError, NonFiniteError
 from adamix.jobs import Jobs
 from adamix.memory import MemoryPlan, matrix_bytes, plan_memory, resident_bytes, sizes
@@ -44,17 +44,9 @@ from adamix.storage.work import CompressedMatrix, NoFolder, WorkFolder
 TITLE = "calibrating and compressing"
 MEASURING = "measuring where the budget is best spent"
 Result = CompressedMatrix | Tensor
-Work = Callable[[str, Tensor, Hessian, "Inputs", Tensor | None], Result]
+Work = Callable[[str, Tensor, Hessian, str, Tensor | None], Result]
 Tell = Callable[[dict[str, Result]], None]  # another rank of what this one has done
 FREQUENCY_FLOOR = 0.01  # of the mean token frequency: what the row of an unseen token weighs
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a matrix is calibrated by."""
-
-    gram: Tensor | None  # None: any input counts alike
-    origin: str  # whose tokens they are, as the log says it
 
 
 @dataclass(frozen=True)
@@ -108,8 +100,8 @@ class MatrixRun:
         return replace(self, budget_bits=shares)
 
     def _each(self, tokens: Tensor, title: str, one: Work, done: dict[str, Result]) -> None:
-        """one(name, ΔW, H, inputs, row weights) of every target that is not in rank 0's `done` yet,
-        which gets it."""
+        """one(name, ΔW, H, whose tokens those are, row weights) of every target that is not in rank
+        0's `done` yet, which gets it."""
         def arrived(found: dict[str, Result]) -> None:
             for name, result in found.items():
                 self._keep(name, result)
@@ -133,8 +125,10 @@ class MatrixRun:
         def submit(gram: Tensor | None, names: list[str], origin: str = IDENTITY) -> None:
             group = [targets[name] for name in names]
             begun.update(names)
+            waiting = [] if gram is None else [gram]  # for the job to let go of
             jobs.submit(max(map(self._job_bytes, group)), 0 if gram is None else gram.nbytes,
-                        partial(self._group, one, gram, group, frequency, origin, tell))
+                        partial(self._group, one, waiting, group, frequency, origin, tell,
+                                self.compute.queued()))
 
         def submit_ours(names: list[str]) -> None:
             """Those of single matrices without inputs that are this rank's."""
@@ -223,7 +217,10 @@ class MatrixRun:
         largest = max(map(self._job_bytes, targets), default=0)
         sums = self.ranks.share({}).at_once
         if self.compute.is_cuda:
-            return plan_device(self.compute, found, self._block_grams(users, asked), largest, sums)
+            plan = plan_device(self.compute, found, self._block_grams(users, asked), largest, sums,
+                               whole=whole)
+            self.compute.bound(held_bytes(self.compute, found) + plan.free)
+            return plan
         results = sum(self.budget_bits.values()) // 8
         exact = sum(target.numel * target.dtype.itemsize for target in
                     self.found.of(Treatment.WHOLE))
@@ -286,23 +283,28 @@ class MatrixRun:
                                executor=self.calibrator, seen=seen, ahead=ahead, share=share)
             yield from _by_group(groups, experts.few, iter([experts.settle(run, grams, seen)]))
 
-    def _group(self, one: Work, gram: Tensor | None, targets: list[Target], frequency: Tensor,
-               origin: str, tell: Tell) -> dict[str, Result]:
-        """The matrices that read one input, one after the other."""
-        n = targets[0].shape[1]
-        if gram is not None and not gram.any():  # nothing ever reached it: any input counts alike
-            gram, origin = None, IDENTITY
+    def _group(self, one: Work, grams: list[Tensor], targets: list[Target], frequency: Tensor,
+               origin: str, tell: Tell, queued: torch.cuda.Event | None) -> dict[str, Result]:
+        """The matrices that read one input, one after the other.
+
+        Args:
+            grams: of it, no more than one; emptied.
+            queued: what comes first on a GPU.
+        """
+        self.compute.after(queued, frequency, *grams)
+        if not any(gram.any() for gram in grams):  # nothing ever reached it: any input counts alike
+            grams.clear()
+            origin = IDENTITY
         with _named(targets[0].name):
-            H = (identity(n, self.compute.device) if gram is None
-                 else hessian(gram, self.config.damping))
+            H = (hessian(grams.pop(), self.config.damping) if grams
+                 else identity(targets[0].shape[1], self.compute.device))
         results = {}
         for target in targets:
             weights = None
             if target.treatment is Treatment.EMBEDDING:
                 weights = frequency[: target.shape[0]]
             with _named(target.name):
-                results[target.name] = one(target.name, self._delta(target), H,
-                                           Inputs(gram, origin), weights)
+                results[target.name] = one(target.name, self._delta(target), H, origin, weights)
             self._keep(target.name, results[target.name])
             tell({target.name: results[target.name]})
             self.progress.advance()
@@ -312,23 +314,25 @@ class MatrixRun:
         """ΔW in fp64, and no longer the weights that it is of: of embeddings they are large."""
         return read_pair(*self.sources, target).to(self.compute.device).delta.double()
 
-    def _measure(self, name: str, delta: Tensor, H: Hessian, inputs: Inputs,
-                 weights: Tensor | None) -> Tensor:
+    def _measure(self, name: str, delta: Tensor, H: Hessian, origin: str, weights: Tensor | None
+                 ) -> Tensor:
         found = energies(delta, H, weights)
         if not torch.isfinite(found).all():
             raise NonFiniteError("the energies of its components are not finite")
         return found.cpu()
 
-    def _compress(self, name: str, delta: Tensor, H: Hessian, inputs: Inputs,
-                  weights: Tensor | None) -> CompressedMatrix:
+    def _compress(self, name: str, delta: Tensor, H: Hessian, origin: str, weights: Tensor | None
+                  ) -> CompressedMatrix:
         start = time.perf_counter()
         result = quantize_matrix(delta, H, self.config, row_weights=weights,
                                  budget_bits=self.budget_bits[name], solve=self.solve)
         packed = pack(result.delta)
-        error = relative_error(delta, packed.dequantize(), inputs.gram, weights)
+        restored = packed.dequantize()
+        error = (relative_error(delta, restored, None, weights) if origin == IDENTITY
+                 else output_error(delta, restored, H, weights))
         if not math.isfinite(error):
             raise NonFiniteError(f"its relative error is {error}")
-        row = MatrixRow.of(name, packed, error, time.perf_counter() - start, inputs.origin)
+        row = MatrixRow.of(name, packed, error, time.perf_counter() - start, origin)
         spectrum = Spectrum(result.singular_values.cpu(), result.errors.cpu(), result.widths)
         return CompressedMatrix(packed.to("cpu"), row, spectrum)
 

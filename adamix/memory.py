@@ -99,6 +99,7 @@ class Sizes:
 
     states: int  # hidden states of all tokens, fp32
     resident: int  # the largest part of the model that is in memory at a time
+    block: int  # that part while Gram matrices are made, fp32
     widest: int  # inputs of the widest layer asked for; 0 where none is
     activations: int  # of one chunk
 
@@ -137,13 +138,13 @@ def sizes(shapes: Mapping[str, tuple[int, ...]], asked: Collection[tuple[int, in
     activations = activation_bytes(chunk, max(outputs.values(), default=0), hidden, expert)
     if whole:  # where the head's inputs are asked for, its outputs come too
         activations += 4 * 2 * chunk * max((shape[0] for shape in asked), default=0)
+    # a layer's experts put together as they were read, and the sum of their Gram matrices
+    stacks = 2 * max(in_block.values(), default=0) + (4 * widest**2 if experts else 0)
+    block = 4 * (total if whole else max(by_block.values(), default=0))
     return Sizes(
         states=0 if whole else 4 * tokens[0] * tokens[1] * hidden,
         # fp32; of what is not in the blocks, an embedding as a rule, also as it was read
-        resident=(4 * total if whole else max(4 * max(by_block.values(), default=0),
-                                              8 * max(outside)))
-        # a layer's experts put together as they were read, and the sum of their Gram matrices
-        + 2 * max(in_block.values(), default=0) + (4 * widest**2 if experts else 0),
+        resident=max(block, 0 if whole else 8 * max(outside)) + stacks, block=block + stacks,
         widest=widest, activations=activations)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -206,7 +207,7 @@ def _survey(sources: tuple[Checkpoint, Checkpoint], architecture: Architecture, 
     progress.stage("reading both models", len({*sources[0].names, *sources[1].names}))
     return survey(*sources, architecture, compress_embeddings=config.embeddings,
                   compress_vision=config.vision, executor=executor if threads > 2 else None,
-                  ahead=threads, on_tensor=lambda name: progress.advance(), mine=ranks.mine,
+                  on_tensor=lambda name: progress.advance(), mine=ranks.mine,
                   gather=ranks.gather)
 
 
@@ -217,9 +218,10 @@ def _on(compute: Compute, executor: Executor
     if not compute.is_cuda:
         yield executor, executor, allocate
         return
-    here = dict(initializer=torch.cuda.set_device, initargs=(compute.device,))
-    with (ThreadPoolExecutor(JOBS, **here) as jobs, ThreadPoolExecutor(1, **here) as calibrator,
-          solvers(JOBS) as pool, torch.cuda.device(compute.device)):
+    with (ThreadPoolExecutor(JOBS, initializer=compute.begin_thread) as jobs,
+          ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, compute.device))
+          as calibrator, solvers(JOBS) as pool, torch.cuda.device(compute.device),
+          compute.bounded()):
         try:
             yield jobs, calibrator, pool.allocate
         finally:

@@ -8,7 +8,7 @@ from tiny_models import HIDDEN, MLP, compressed_pair
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
-from adamix.calibration.gram import CHUNK, accumulate, passes, shared_inputs
+from adamix.calibration.gram import CHUNK, accumulate, gram_matrices, passes, shared_inputs
 from adamix.errors import NonFiniteError
 from adamix.matrices import token_frequency
 
@@ -107,6 +107,19 @@ def test_threads_change_no_bit_and_progress_counts_sequences(model):
         other = grams(model, threads=threads)
         assert other.keys() == one.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sums_in_place_are_those_of_a_chunk_at_a_time(model):
+    layers = {group[0]: linears(model)[group[0]] for group in EXPECTED_GROUPS}
+    chunks, expected = TOKENS.split(1), None
+    for in_place in (False, True):
+        with ThreadPoolExecutor(1) as executor:
+            seen = {}
+            found = gram_matrices(lambda chunk: model(input_ids=chunk), chunks, layers,
+                                  executor=executor, ahead=1, in_place=in_place, seen=seen)
+        assert seen == dict.fromkeys(layers, TOKENS.numel())
+        expected = expected or found
+        assert all(torch.equal(found[name], expected[name]) for name in layers)
 
 
 def test_several_passes_give_the_same_bits_as_one(model):

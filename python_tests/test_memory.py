@@ -70,7 +70,7 @@ def held_by_a_matrix(out, n, config):
 
 # --- sharing it out ----------------------------------------------------------------------------
 
-SIZES = Sizes(states=100, resident=1000, widest=5, activations=50)  # a Gram matrix: 100
+SIZES = Sizes(states=100, resident=1000, block=1000, widest=5, activations=50)  # a Gram matrix: 100
 HELD = 400
 FIXED = HELD + 3 * memory.ARENA_BYTES
 LEAST = FIXED + 1000 + 2000 + 100  # the model's part, the job, a Gram matrix that waits

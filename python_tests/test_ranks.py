@@ -146,6 +146,18 @@ def test_the_sum_has_the_same_bits_for_any_number_of_ranks(chunks, absent):
             assert sum(rank.received for rank in ranks) == count - 1  # a matrix each, no more
 
 
+def test_a_groups_sum_may_be_taken_out_and_added_to_in_place():
+    parts, chunks = [torch.full((2, 2), 2.0**i) for i in range(11)], 11
+    total = TreeSum(range(GROUPS))
+    for number, part in enumerate(parts):
+        group = group_of(number, chunks)
+        one = total.reopen(group)
+        assert (one is None) == (group == 0 or group != group_of(number - 1, chunks))
+        assert total.reopen(group) is None  # it is out
+        total.add(group, part.clone() if one is None else one.add_(part))
+    assert torch.equal(total.take()[0, GROUPS], by_hand(parts))
+
+
 def test_few_sums_are_alive_at_a_time():
     runs = {count: [range(GROUPS * r // count, GROUPS * (r + 1) // count) for r in range(count)]
             for count in (1, 2, 4, 8)}

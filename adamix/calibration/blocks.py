@@ -108,6 +108,7 @@ class BlockStream:
                  states: Path | None = None, device: torch.device = CPU,
                  dtype: torch.dtype = torch.float32, share: Share = ALONE) -> None:
         self._device, self._dtype, self._share = device, dtype, share
+        self._in_place = device.type == "cuda"  # one chunk at a time keeps a GPU busy
         move_buffers(model, device)
         self._model, self._shapes, self._read = model, shapes, read
         self._prefix, self._blocks = _find_blocks(model)
@@ -319,13 +320,16 @@ class BlockStream:
             modules = {name: self._linears[name] for name in run}
             with self._filled_when_called():  # one chunk at a time: stand-ins are the model's
                 found = gram_matrices(self._leave, range(len(self._chunks)), modules,
-                                      executor=executor, ahead=1, share=self._share)
+                                      executor=executor, ahead=1, share=self._share,
+                                      in_place=self._in_place)
             yield found
 
     def _runs(self, names: list[str], max_bytes: int) -> list[list[str]]:
-        """Layers whose Gram matrices are made at a time: of each some sums and a chunk's part."""
+        """Layers whose Gram matrices are made at a time: of each some sums, and a chunk's part
+        where that is not added in place."""
         widths = {name: in_features(self._linears[name]) for name in names}
-        return list(passes(widths, max_bytes // (self._share.at_once + 1))) or [[]]
+        return list(passes(widths, max_bytes // (self._share.at_once + (not self._in_place)))
+                    ) or [[]]
 
     def _run_block(self, index: int, block: nn.Module, names: list[str], executor: Executor,
                    threads: int, max_bytes: int, *, keep: bool
@@ -342,7 +346,8 @@ class BlockStream:
         size = sum(4 * in_features(layer) ** 2 for layer in layers.values())
         room = max_bytes // size - self._share.at_once if size else threads
         return gram_matrices(forward, range(len(self._chunks)), layers, executor=executor,
-                             ahead=max(1, min(threads, room)), seen=seen, share=self._share), seen
+                             ahead=1 if self._in_place else max(1, min(threads, room)), seen=seen,
+                             share=self._share, in_place=self._in_place), seen
 
     def _leave(self, number: int) -> None:
         """Run what follows the blocks for one chunk."""

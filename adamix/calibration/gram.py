@@ -147,23 +147,35 @@ def accumulate(model: PreTrainedModel, tokens: Tensor, layers: dict[str, Layer],
 
     with experts_one_by_one(model):
         return gram_matrices(forward, tokens.split(CHUNK), layers, executor=executor, ahead=ahead,
-                             on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen, share=share)
+                             on_chunk=lambda chunk: on_chunk(len(chunk)), seen=seen, share=share,
+                             in_place=ahead == 1 and model.device.type == "cuda")
 
 
-def _product(X: Tensor) -> Tensor:
-    """Xᵀ X in fp32; the operands of 16 bits on a GPU, whose tensor cores sum in fp32."""
-    if X.is_cuda and X.dtype.itemsize == 2:
-        return torch.mm(X.T, X, out_dtype=torch.float32)
+def _add_product(X: Tensor, total: Tensor | None) -> Tensor:
+    """total + Xᵀ X in fp32; the operands of 16 bits on a GPU, whose tensor cores sum in fp32, and
+    in the total's place."""
+    if not X.is_cuda:
+        X = X.float()
+        product = X.T @ X
+        return product if total is None else total.add_(product)
+    if X.dtype.itemsize == 2:
+        return (torch.mm(X.T, X, out_dtype=torch.float32) if total is None else
+                torch.addmm(total, X.T, X, out_dtype=torch.float32, out=total))
     X = X.float()
-    return X.T @ X
+    return X.T @ X if total is None else total.addmm_(X.T, X)
 
 
 def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
                   layers: dict[str, Layer], *, executor: Executor, ahead: int,
                   on_chunk: Callable[[Chunk], None] = lambda chunk: None,
-                  seen: dict[str, int] | None = None, share: Share = ALONE) -> dict[str, Tensor]:
+                  seen: dict[str, int] | None = None, share: Share = ALONE,
+                  in_place: bool = False) -> dict[str, Tensor]:
     """X Xᵀ `[in, in]` fp32 of what enters the layers while `forward` runs over each chunk; experts
     must run one by one. With a share of the chunks, of those layers that are its own.
+
+    Args:
+        in_place: a chunk's products are added to the sums as they are made, which takes one matrix
+            less of each layer; with one chunk at a time.
 
     Raises:
         NonFiniteError: an activation is NaN or Inf; the sentence names the layer.
@@ -172,27 +184,28 @@ def gram_matrices(forward: Callable[[Chunk], None], chunks: Sequence[Chunk],
 
     def add(name: str, X: Tensor) -> None:
         X = X.flatten(0, -2)
-        gram = _product(X)
-        local.grams[name] = local.grams[name].add_(gram) if name in local.grams else gram
+        local.grams[name] = _add_product(X, local.grams.pop(name, None))
         local.counts[name] = local.counts.get(name, 0) + len(X)
 
     @torch.inference_mode()
-    def run(chunk: Chunk) -> tuple[dict[str, Tensor], dict[str, int]]:
-        local.grams, local.counts = {}, {}
-        forward(chunk)
+    def run(number: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+        group = group_of(number, len(chunks))
+        local.grams = {name: total for name, one in sums.items()
+                       if in_place and (total := one.reopen(group)) is not None}
+        local.counts = {}
+        forward(chunks[number])
         return local.grams, local.counts
 
     numbers = chunks_of(share.groups, len(chunks))
-    mine = [chunks[number] for number in numbers]
     sums: dict[str, TreeSum] = {}
     tokens: dict[str, int] = {}
     with _watching(layers, add):
-        for number, (grams, counts) in zip(numbers, in_order(executor, run, mine, ahead),
+        for number, (grams, counts) in zip(numbers, in_order(executor, run, numbers, ahead),
                                            strict=True):
             for name in list(grams):  # let go of once it is added: the next is in the making
                 sums.setdefault(name, TreeSum(share.groups)).add(
                     group_of(number, len(chunks)), grams.pop(name))
-                tokens[name] = tokens.get(name, 0) + counts[name]
+                tokens[name] = tokens.get(name, 0) + counts.get(name, 0)
             on_chunk(chunks[number])
             share.check()
     totals, counted = share.combine({name: in_features(layer) for name, layer in layers.items()},

@@ -51,6 +51,12 @@ class TreeSum:
         self._close(group)
         self._nodes.append(((group, group + 1), part))
 
+    def reopen(self, group: int) -> Tensor | None:
+        """A group's sum, to be added to and taken in again; None where it has none yet."""
+        if self._nodes and self._nodes[-1][0] == (group, group + 1):
+            return self._nodes.pop()[1]
+        return None
+
     @torch.inference_mode()
     def take(self) -> dict[Span, Tensor]:
         """The largest nodes, once all chunks are in; this object lets go of them."""

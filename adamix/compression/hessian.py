@@ -38,12 +38,13 @@ def hessian(gram: Tensor, damping: float) -> Hessian:
     # The plan must not depend on the unit of the activations: bring the mean diagonal to 1.
     matrix = gram / gram.diagonal().mean()
     del gram  # [in, in] in fp64 each: at 18944 inputs one of them takes 2.9 GB
-    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    ridge = damping * matrix.diagonal().mean().item()
+    matrix.diagonal().add_(ridge)
     # GPTQ rounds the inputs that weigh most while all others can still make up for it (act-order):
     # 1.6 % less error than in the inputs' own order, on 14 matrices of a real fine-tune.
     order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
     try:
-        return Hessian(matrix, order, inverse_upper(matrix, order))
+        return Hessian(matrix, order, inverse_upper(matrix, order), ridge)
     except torch.linalg.LinAlgError:
         raise ValueError("the Gram matrix is not positive semidefinite: expected X Xᵀ") from None
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Treatment(Enum):
     EMBEDDING = "embedding"
     WHOLE = "whole"
 
+BASE, FINETUNED, COMPARED = PARTS = "base", "fine-tune", "both"  # what is looked at of a tensor
 ROUND = 1024  # tensors between two gatherings: their digests take up to 128 KiB each
 
 
@@ -161,7 +163,7 @@ def read_pair(base: Checkpoint, finetuned: Checkpoint, target: Target) -> Weight
 
 def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, *,
            compress_embeddings: bool = True, compress_vision: bool = True,
-           executor: Executor | None = None, ahead: int = 1,
+           executor: Executor | None = None,
            on_tensor: Callable[[str], None] = lambda name: None,
            mine: Callable[[list[int]], list[int]] = lambda sizes: list(range(len(sizes))),
            gather: Callable[[dict[str, Look]], list[dict[str, Look]]] = lambda found: [found]
@@ -171,8 +173,7 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     Args:
         mine: which of tensors of so many bytes this process looks at, by number.
         gather: what all processes have found.
-        executor: works on tensors side by side; None: on one after the other.
-        ahead: tensors at a time there.
+        executor: works on tensors, and on the parts of one, side by side; None: one by one.
         compress_embeddings: False keeps the embedding and the head whole.
         compress_vision: False keeps whole what is outside of the language model.
         on_tensor: called with each name when it is done.
@@ -184,22 +185,25 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     names = sorted({*base.names, *finetuned.names})
     fingerprints, targets = (Fingerprint(), Fingerprint()), []
 
-    def look(name: str) -> Look:
-        sides = [source.read(name) if name in source else None for source in (base, finetuned)]
-        digests = [None if side is None else digest(name, side) for side in sides]
-        if sides[1] is None:
-            return digests, []
-        for side, values in zip(("base", "fine-tune"), sides, strict=True):
-            _check_finite(name, side, values)
-        return digests, _decide(name, *sides, architecture, whole)
+    def read(name: str) -> list[Tensor | None]:
+        return [source.read(name) if name in source else None for source in (base, finetuned)]
+
+    def one_by_one(name: str) -> list[object]:
+        sides = read(name)
+        return [_look(name, part, *sides, architecture, whole) for part in PARTS]
+
+    def by_itself(one: tuple[str, str]) -> object:
+        return _look(*one, *read(one[0]), architecture, whole)
 
     for start in range(0, len(names), ROUND):
         some = names[start : start + ROUND]
         ours = [some[i] for i in mine([_bytes_of(name, base, finetuned) for name in some])]
-        looks = map(look, ours) if executor is None else in_order(executor, look, ours, ahead)
+        parts = [(name, part) for name in ours for part in PARTS]
+        looks = (chain.from_iterable(map(one_by_one, ours)) if executor is None else
+                 in_order(executor, by_itself, parts, len(parts)))
         looked: dict[str, Look] = {}
-        for name, one in zip(ours, looks, strict=True):
-            looked[name] = one
+        for name in ours:
+            looked[name] = [next(looks), next(looks)], next(looks)
             on_tensor(name)
         found = {name: one for part in gather(looked) for name, one in part.items()}
         for name in some:
@@ -213,13 +217,27 @@ def survey(base: Checkpoint, finetuned: Checkpoint, architecture: Architecture, 
     return Survey(targets, *(fingerprint.result() for fingerprint in fingerprints), absent)
 
 
+def _look(name: str, part: str, base: Tensor | None, tensor: Tensor | None,
+          architecture: Architecture, whole: Collection[str]
+          ) -> TensorDigest | list[Target] | None:
+    """What is found of one of PARTS of a tensor."""
+    if part == COMPARED:
+        return [] if tensor is None else _decide(name, base, tensor, architecture, whole)
+    values = base if part == BASE else tensor
+    if values is None:
+        return None
+    if tensor is not None:
+        _check_finite(name, part, values)
+    return digest(name, values)
+
+
 def _bytes_of(name: str, *sources: Checkpoint) -> int:
     shapes = [source.headers[name] for source in sources if name in source]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def _check_finite(name: str, side: str, values: Tensor | None) -> None:
-    if values is None or not values.is_floating_point() or not values.numel():
+def _check_finite(name: str, side: str, values: Tensor) -> None:
+    if not values.is_floating_point() or not values.numel():
         return
     least, most = values.aminmax()  # both NaN where any is; no array is made of it
     if not (least.isfinite() and most.isfinite()):

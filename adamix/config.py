@@ -29,6 +29,8 @@ class Config:
         correction: Target Correction for Consistency (paper eq. 8) before U is quantized.
         passes: how often U is quantized; from the second pass on V is solved for again before.
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
+        svd_damping: what the output-aware SVD adds to that λ: its components then hold for inputs
+            that the calibration lacks too, at no more error on those that it has.
         solver: the integer program's solver, "highs" or "cbc".
         allocate: "matrix" gives every matrix the same bits a weight (as the paper does), "model"
             spends one budget where it lowers the summed output error most.
@@ -52,6 +54,7 @@ class Config:
     correction: bool = True
     passes: int = 2
     damping: float = 0.01
+    svd_damping: float = 0.0
     solver: Literal["highs", "cbc"] = "highs"
     allocate: Literal["matrix", "model"] = "matrix"
     embeddings: bool = True
@@ -89,6 +92,7 @@ class Config:
         _require("objective", self.objective in ("v+u", "v"), "'v+u' or 'v'", self)
         _require("passes", self.passes >= 1, ">= 1", self)
         _require("damping", 0 < self.damping < 1, "in (0, 1)", self)
+        _require("svd_damping", 0 <= self.svd_damping < 1, "in [0, 1)", self)
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
         _require("allocate", self.allocate in ("matrix", "model"), "'matrix' or 'model'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)

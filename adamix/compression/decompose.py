@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from adamix.artifacts import Factors, Hessian
+from adamix.compression.hessian import damp
 
 
-def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False) -> Factors:
+def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False,
+              damping: float = 0.0) -> Factors:
     """The `max_rank` leading components of ΔW.
 
     Output-aware: the SVD of ΔW L with H = L Lᵀ, kept as U and the rows of V' L⁻¹, normalised;
@@ -20,19 +22,21 @@ def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False) 
         H: Hessian of the inputs.
         max_rank: how many components at most; fewer come back where ΔW has fewer.
         plain: the paper's decomposition.
+        damping: a share of H's mean diagonal, added to it here alone.
 
     Returns:
         Factors in order of falling output energy (falling s where `plain`), the largest entry of
         every column of U positive.
     """
     delta = delta.double()
+    ridge = damping * H.matrix.diagonal().mean()
     if plain:
         U = torch.linalg.svd(delta, full_matrices=False).U
     elif delta.shape[0] <= delta.shape[1]:
-        energies, U = torch.linalg.eigh(delta @ H.matrix @ delta.T)
+        energies, U = torch.linalg.eigh(delta @ H.matrix @ delta.T + ridge * (delta @ delta.T))
         U = U.flip(1)
     else:
-        whitened = delta @ H.lower
+        whitened = delta @ (torch.linalg.cholesky(damp(H.matrix, damping)) if damping else H.lower)
         energies, right = torch.linalg.eigh(whitened.T @ whitened)
         U = _orthonormal_columns(whitened, *(part.flip(-1)[..., :max_rank]
                                              for part in (energies, right)))

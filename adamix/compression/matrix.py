@@ -60,7 +60,8 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
             f"a budget of {budget} bits is too small for one component of a {delta.shape[0]} x "
             f"{delta.shape[1]} matrix, which takes {min(costs)} bits: ask for more bits a weight")
 
-    factors = decompose(weighted, H, budget // min(costs), plain=config.decomposition == "plain")
+    factors = decompose(weighted, H, budget // min(costs), plain=config.decomposition == "plain",
+                        damping=config.svd_damping)
     simulation = simulate(factors, H, config.bit_widths, include_u=config.objective == "v+u",
                           row_weights=row_weights)
     choice = solve(simulation.errors, [*costs, 0], budget, max_choices=config.max_widths,

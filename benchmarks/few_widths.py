@@ -53,9 +53,9 @@ def _of_set(solve: Solve, errors: Tensor, costs: Sequence[int], budget: int, sol
     try:
         return solve(errors, costs, budget, solver=solver)
     except RuntimeError:
-        # Without a limit `allocate` drops choices by bounds, whose fee per component is in fp32: now
-        # and then that is above the error of its own best plan, and no plan is left. With a limit,
-        # here of no effect, it drops none.
+        # Without a limit `allocate` drops choices by bounds, whose fee for a component is in fp32:
+        # now and then a bound is above the error of its own best plan, and no plan is left. With a
+        # limit, here of no effect, it drops none.
         return solve(errors, costs, budget, solver=solver, max_choices=len(costs))
 
 

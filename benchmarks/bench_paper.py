@@ -20,7 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ import torch
 from accuracy_models import Compression, NoSuchSize, Result
 from answers import LINEARS
 from bench_accuracy import Bench, Questions
+from bench_methods import Case
 from bench_quality import matrices
 from few_widths import Solve, with_solver
 from methods import FIXED, METHODS, adamix_published
@@ -50,10 +51,11 @@ from train_pair import RECORD
 
 import adamix
 from adamix.compression.allocate import allocate
+from adamix.config import MODEL_BITS
 from adamix.devices import find_compute
 from adamix.errors import BudgetError
 from adamix.naming import index_of
-from adamix.parallel import available_cores
+from adamix.parallel import available_cores, workers
 from adamix.plots import default_matrix
 from adamix.solving import solvers
 
@@ -156,10 +158,8 @@ class Paper(Bench):
 
     def _methods(self, start: AccuracyRow, compression: Compression, questions: Questions,
                  reference: torch.nn.Module) -> None:
-        # In processes of their own: what prepares a program holds the interpreter's lock.
-        count = available_cores() if self.args.solvers is None else self.args.solvers
-        with solvers(count) if count > 1 else nullcontext() as pool:
-            for run in runs(self.args, pool.allocate if pool else allocate):
+        with self._solver() as solve:
+            for run in runs(self.args, solve):
                 row = replace(start, method=run.name)
                 score = run.scored and self.lacks(row)
                 by_layer = run.by_layer and any(map(self.lacks, self._expected(row, reference)))
@@ -230,6 +230,39 @@ class Paper(Bench):
                             found[row.matrix].widths.items()}) for row in rows)
         self.say(f"{start.family} widths of {len(rows)} matrices")
 
+    def data(self, folder: Path) -> None:
+        """What needs no pair: f_max by error alone, seconds, components."""
+        self.began = time.monotonic()
+        cases = list(matrices(folder))
+        if "widths" in self.args.parts:
+            with self._solver() as solve:
+                for run in runs(self.args, solve):
+                    row = AccuracyRow(folder.name, "", run.name, self.args.ratio, 0, None)
+                    if run.scored and self.lacks(row):
+                        self.write(self._of_data(row, run, cases))
+        found = {name: (delta, gram) for name, delta, gram, _ in cases}
+        self.matrices(folder.name, "", list(found), lambda: found)
+
+    def _of_data(self, row: AccuracyRow, run: Run, cases: list[Case]) -> AccuracyRow:
+        begin = time.monotonic()
+        with workers() as executor:
+            results = list(executor.map(lambda case: run.compress(
+                case[1], case[2], int(MODEL_BITS / self.args.ratio * case[1].numel())), cases))
+        seconds = time.monotonic() - begin
+        errors = [sum(adamix.relative_error(case[1], result.dense, case[inputs])
+                      for case, result in zip(cases, results, strict=True)) / len(cases)
+                  for inputs in (2, 3)]
+        return replace(row, bytes=sum(result.bits for result in results) // 8, error=errors[0],
+                       error_held_out=errors[1], seconds=seconds)
+
+    @contextmanager
+    def _solver(self) -> Iterator[Solve]:
+        """Integer programs in processes of their own: what prepares one holds the interpreter's
+        lock."""
+        count = available_cores() if self.args.solvers is None else self.args.solvers
+        with solvers(count) if count > 1 else nullcontext() as pool:
+            yield pool.allocate if pool else allocate
+
     def matrices(self, model: str, family: str, names: list[str],
                  cases: Callable[[], dict[str, tuple[Tensor, Tensor]]]) -> None:
         """Seconds and components, of ΔW and Gram matrices {name: both} that `cases` makes."""
@@ -280,7 +313,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--finetunes", type=Path, nargs="+", default=[],
                         help=f"folders with a {RECORD}")
     parser.add_argument("--data", type=Path,
-                        help="bench_quality.py's data: seconds and components, without a pair")
+                        help="bench_quality.py's data: errors by f_max, seconds and components")
     parser.add_argument("--rows", type=Path, default=paper_tables.ROWS, help="folder of the CSVs")
     parser.add_argument("--known", type=Path, nargs="+", default=[], metavar="CSV",
                         help="bench_accuracy.py's rows, not to be measured again")
@@ -325,9 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     paper = Paper(args)
     if args.data:
-        paper.began = time.monotonic()
-        found = {name: (delta, gram) for name, delta, gram, _ in matrices(args.data)}
-        paper.matrices(args.data.name, "", list(found), lambda: found)
+        paper.data(args.data)
     for folder in args.finetunes:
         paper.finetune(folder)
 

@@ -75,8 +75,9 @@ def _widths_table(title: str, rows: list[AccuracyRow]) -> str:
                       mean_of(sizes, 2, spread=False)])
     head = ["method", "f_max", "right, %", "KL, prompts", "KL, text", "error", "held out", "MB"]
     prompts = max(row.prompts or 0 for row in rows)
+    asked = f" ({prompts} prompts)" if prompts else ""
     ratios = ", ".join(f"1/{ratio:g}" for ratio in sorted({row.ratio for row in rows}))
-    return (f"Table 6, {title} at {ratios} ({prompts} prompts): the widths that may be in use "
+    return (f"Table 6, {title} at {ratios}{asked}: the widths that may be in use "
             f"(0 bits counted).\n\n{table(head, lines, numbers=True)}")
 
 

@@ -234,6 +234,27 @@ def test_tables_and_pictures_come_from_the_rows_alone(folder, capsys):
         assert not [other for other in boxes[i + 1:] if box.overlaps(other)]
 
 
+def test_data_without_a_pair_gives_errors_by_f_max(case, tmp_path, monkeypatch):
+    delta, gram = case
+    other = torch.eye(64)
+    monkeypatch.setattr(bench, "matrices", lambda folder: iter(
+        (f"layers.{i}.self_attn.q_proj", (i + 1) * delta, gram, other) for i in range(2)))
+    bench.main(["--data", "made", "--rows", str(tmp_path), "--ratio", "3", "--device", "cpu",
+                "--widths", "2", "none", "--solvers", "1", "--timed-layers", "1"])
+    found = {row.method: row for row in tables.read(tmp_path, rows.AccuracyRow)}
+    assert list(found) == ["adamix, f_max 2", "adamix, f_max none", "Delta-CoMe",
+                           "AdaMix, published"]
+    assert all(row.bytes <= 2 * 2 * delta.numel() / 3 for row in found.values())
+    config = measures.adamix.Config(ratio=3)
+    exact = measures.adamix.compress_matrix(delta, gram, config).dequantize()
+    for name, inputs in (("error", gram), ("error_held_out", other)):
+        assert getattr(found["adamix, f_max none"], name) == pytest.approx(
+            measures.adamix.relative_error(delta, exact, inputs), rel=1e-3)
+    assert {row.kind: row.matrices for row in tables.read(tmp_path, paper_rows.StageRow)} == {
+        "q_proj": 1}
+    assert "Table 6, made at 1/3: the widths" in tables.markdown(tmp_path)
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """The integer program with f_max in bounded time: over each set of widths without it.
 
-`allocate`'s `max_choices` leaves a solver all widths of all components at once: 0.1 to 5 s a matrix
-of a 135M model, the most where two widths are allowed, and nothing bounds it. Here each set of that
-many choices is a program of its own, which `allocate` takes apart, and those whose bound from below
-is above the best plan so far are not solved. What comes out is as good.
+`allocate`'s `max_choices` leaves a solver all widths of all components at once, and nothing bounds
+its time. Here each set of that many choices is a program of its own, which `allocate` takes apart,
+and those whose bound from below is above the best plan so far are not solved. What comes out is as
+good.
 """
 
 from __future__ import annotations

@@ -312,3 +312,37 @@ def test_the_table_of_accuracy_says_how_errors_compare():
         "Error of adamix at 1/16 beside that of AdaMix, published at 1/16: 0.0120 for 0.0240 on "
         "the calibration's inputs (50 % less), 0.0100 for 0.0160 on held-out ones (38 % less)."]
     assert accuracy.comparisons([row("adamix", 16.0, 0, 0.01, 0.01)]) == []
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+DATA = "smollm2-arith"  # the rows that the page shows
+
+
+def test_the_page_has_the_tables_and_the_picture_of_the_rows():
+    page = (ROOT / "benchmarks" / "QUALITY.md").read_text()
+    read = {kind: [row for row in tables.read(tables.ROWS, kind) if row.model == DATA]
+            for kind in tables.FILES}
+    for text in (tables.widths_tables(read[rows.AccuracyRow]),
+                 tables.seconds_tables(read[paper_rows.StageRow])):
+        assert text and f"\n\n{text}\n\n" in page, "paste what bench_paper.py --table prints"
+    assert len(read[paper_rows.ComponentRow]) == 576
+    picture = f"paper_components_{DATA}.png"
+    assert f"](results/{picture})" in page and (tables.ROWS / picture).is_file()
+    assert all(row.commit and row.command and row.date for some in read.values() for row in some)
+
+
+def test_what_the_page_says_of_components_is_in_the_rows():
+    page = " ".join((ROOT / "benchmarks" / "QUALITY.md").read_text().split())
+    found = [row for row in tables.read(tables.ROWS, paper_rows.ComponentRow) if row.model == DATA]
+    values = {name: [getattr(row, name) for row in found]
+              for name in ("singular_value", *(f"bits_{bits}" for bits in range(2, 9)))}
+    spread = {name: max(some) / min(some) for name, some in values.items()}
+    apart = sorted(spread[f"bits_{bits}"] for bits in range(2, 9))
+    means = [sum(values[f"bits_{bits}"]) for bits in range(2, 9)]
+    falls = sorted(before / after for before, after in itertools.pairwise(means))
+    for said in (f"the largest is {apart[0]:.0f} to {apart[-1]:.0f} times the least",
+                 f"singular values differ by {round(spread['singular_value'], -3):,.0f}",
+                 f"falls {falls[0]:.1f} to {falls[-1]:.1f} times with each bit"):
+        assert said in page, said

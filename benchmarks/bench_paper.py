@@ -107,8 +107,7 @@ class Paper(Bench):
     def __init__(self, args: argparse.Namespace) -> None:
         args.csv = args.rows / FILES[AccuracyRow]
         super().__init__(args, "bench_paper.py")
-        for path in args.known:
-            self.done |= {row.key for row in read_rows([path], AccuracyRow)}
+        self.known = {row.key: row for row in read_rows(args.known, AccuracyRow)}
         for kind in (ErrorRow, StageRow, ComponentRow, PlanRow):
             path = args.rows / FILES[kind]
             self.done |= {self._key(row) for row in read_rows([path], kind)} if (
@@ -161,6 +160,9 @@ class Paper(Bench):
         with self._solver() as solve:
             for run in runs(self.args, solve):
                 row = replace(start, method=run.name)
+                if run.scored and self.lacks(row) and row.key in self.known:
+                    self.done.add(row.key)
+                    append_row(self.args.csv, self.known[row.key])
                 score = run.scored and self.lacks(row)
                 by_layer = run.by_layer and any(map(self.lacks, self._expected(row, reference)))
                 if not (score or by_layer):
@@ -316,7 +318,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="bench_quality.py's data: errors by f_max, seconds and components")
     parser.add_argument("--rows", type=Path, default=paper_tables.ROWS, help="folder of the CSVs")
     parser.add_argument("--known", type=Path, nargs="+", default=[], metavar="CSV",
-                        help="bench_accuracy.py's rows, not to be measured again")
+                        help="bench_accuracy.py's rows, taken instead of measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--widths", type=number_or_none, nargs="+", metavar="N",
                         default=[2, 3, 4, 5, 6, None], help=f"f_max; {NONE}: unlimited")

@@ -199,6 +199,19 @@ def test_every_method_has_a_row_of_widths_and_few_widths_have_more_error(folder)
     assert all(row.prompts == 4 and 0 < row.kl_text < math.inf for row in found.values())
 
 
+def test_known_rows_are_taken_as_they_are(folder, tmp_path, monkeypatch):
+    given = [row for row in tables.read(folder, rows.AccuracyRow) if row.method == "Delta-CoMe"]
+    rows.append_row(tmp_path / "known.csv", given[0])
+    monkeypatch.setattr(bench, "runs", lambda args, solve: [
+        bench.Run("Delta-CoMe", None, scored=True)])
+    monkeypatch.setattr(bench.Compression, "compressed", None)
+    bench.main(["--base", str(folder.parent / "base"), "--finetunes",
+                str(folder.parent / "finetuned"), "--rows", str(tmp_path), "--ratio", "3",
+                "--parts", "widths", "--prompts", "4", "--solvers", "1", "--device", "cpu",
+                "--known", str(tmp_path / "known.csv")])
+    assert tables.read(tmp_path, rows.AccuracyRow) == given
+
+
 def test_errors_by_layer_are_of_the_compared_methods(folder):
     found = tables.read(folder, paper_rows.ErrorRow)
     assert [row.method for row in found[::7]] == list(bench.COMPARED)

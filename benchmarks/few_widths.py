@@ -9,6 +9,7 @@ good.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -50,13 +51,16 @@ def allocate_few(errors: Tensor, costs: Sequence[int], budget: int, *,
 
 
 def _of_set(solve: Solve, errors: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor:
-    try:
-        return solve(errors, costs, budget, solver=solver)
-    except RuntimeError:
-        # Without a limit `allocate` drops choices by bounds, whose fee for a component is in fp32:
-        # now and then a bound is above the error of its own best plan, and no plan is left. With a
-        # limit, here of no effect, it drops none.
-        return solve(errors, costs, budget, solver=solver, max_choices=len(costs))
+    """Without a limit `allocate` drops choices by bounds, with one, here of no effect, it does not.
+    The bounds take a width that costs less than a step between widths (3 bits beside 8) for none;
+    and their fee for a component is in fp32, so that now and then no plan is left."""
+    paid = [cost for cost in costs if cost > 0]
+    if math.gcd(*(cost - paid[0] for cost in paid)) <= min(paid):
+        try:
+            return solve(errors, costs, budget, solver=solver)
+        except RuntimeError:
+            pass
+    return solve(errors, costs, budget, solver=solver, max_choices=len(costs))
 
 
 def with_solver(solve: Solve) -> Solve:

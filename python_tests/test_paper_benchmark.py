@@ -49,6 +49,14 @@ def test_few_widths_are_as_good_as_the_integer_program_s(seed, most):
     assert error_of(errors, plan) == pytest.approx(exact, rel=2e-6)
 
 
+def test_a_set_of_widths_with_a_gap_is_solved_exactly():
+    errors, _, _ = program(2, rank=20, choices=3)
+    costs, budget = [193, 73, 0], 900  # 8 and 3 bits: a step is more than the narrower width
+    found = few._of_set(allocate, errors, costs, budget, "highs")
+    exact = allocate(errors, costs, budget, max_choices=3)
+    assert error_of(errors, found) == pytest.approx(error_of(errors, exact), rel=2e-6)
+
+
 def test_no_plan_of_a_set_is_below_its_bound_by_brute_force():
     errors, costs, _ = program(0, rank=5, choices=4)
     for budget in (300, 700, 1100):

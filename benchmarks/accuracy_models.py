@@ -104,6 +104,12 @@ class Compression:
             self._made[preset, ratio] = Compressed(out, adamix.load(out), summary, ratio)
         return self._made[preset, ratio]
 
+    @property
+    def tokens(self) -> Tensor:
+        """Of the calibration, `[sequences, length]`."""
+        assert self._tokens is not None, "the first compression samples the tokens"
+        return self._tokens
+
     @cached_property
     def deltas(self) -> dict[str, Tensor]:
         """ΔW of every linear layer of the blocks, on the CPU."""
@@ -114,11 +120,10 @@ class Compression:
     @cached_property
     def grams(self) -> dict[str, Tensor]:
         """X Xᵀ of every such layer over the calibration's tokens, on the CPU."""
-        assert self._tokens is not None, "the first compression samples the tokens"
         layers = find_layers(self.reference, set(self.deltas))
-        groups = shared_inputs(self.reference, self._tokens, layers)
+        groups = shared_inputs(self.reference, self.tokens, layers)
         with workers(1 if self.reference.device.type == "cuda" else None) as executor:
-            sums = accumulate(self.reference, self._tokens, {name: layers[name] for name in groups},
+            sums = accumulate(self.reference, self.tokens, {name: layers[name] for name in groups},
                               executor=executor)
         return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
 

@@ -75,7 +75,7 @@ class Questions:
 class Bench:
     """The rows that are there, and the measuring of those that are not."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, program: str = "bench_accuracy.py") -> None:
         self.args = args
         self.device = torch.device(
             args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -84,7 +84,7 @@ class Bench:
         self.deadline = time.monotonic() + 60 * args.minutes
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self.origin = {"device": name, "commit": commit(Path(__file__).parent),
-                       "command": command_of(["bench_accuracy.py", *sys.argv[1:]]),
+                       "command": command_of([program, *sys.argv[1:]]),
                        "date": date.today().isoformat()}
 
     def missing(self, row: AccuracyRow) -> bool:

@@ -188,7 +188,12 @@ class AccuracyRow:
 
 
 WHOLE = "whole"  # of a model: from the start of the process to its end, with the file finished
-AnyRow = Row | ServingRow | CompressionRow | MethodRow | AccuracyRow
+
+
+class AnyRow(typing.Protocol):
+    """A dataclass of texts and numbers: one of those above, or of paper_rows.py."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field]]
 
 
 def roof_us(moved: float, flops: float, copy_gb_per_s: float, tflop_per_s: float) -> float:
@@ -220,7 +225,7 @@ def check_header(path: Path, kind: type[AnyRow] = Row) -> None:
         raise ValueError(f"{path} has other columns than this program's rows: write to a new file")
 
 
-RowKind = typing.TypeVar("RowKind", Row, ServingRow, CompressionRow, MethodRow, AccuracyRow)
+RowKind = typing.TypeVar("RowKind", bound=AnyRow)
 
 
 def read_rows(paths: Iterable[Path], kind: type[RowKind] = Row) -> list[RowKind]:

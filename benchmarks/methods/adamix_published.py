@@ -10,6 +10,8 @@ plans that V's error alone then prefers are worse: 0.0306 and 0.0270 at 1 bit, f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,10 @@ MAX_WIDTHS = 4  # in use, 0 bits counted
 SOLVES = 6
 
 
-def corrected(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction:
-    widths = plan(delta, gram, budget_bits)
+def corrected(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None = MAX_WIDTHS,
+              solve: Callable[..., Tensor] = allocate) -> Reconstruction:
+    """`max_widths` is f_max; `solve` stands for `allocate`."""
+    widths = plan(delta, gram, budget_bits, max_widths=max_widths, solve=solve)
     return quantize_components(delta, gram, widths, correction=True)
 
 
@@ -33,7 +37,8 @@ def uncorrected(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction
     return quantize_components(delta, gram, widths, correction=False)
 
 
-def plan(delta: Tensor, gram: Tensor, budget_bits: int) -> dict[int, int]:
+def plan(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None = MAX_WIDTHS,
+         solve: Callable[..., Tensor] = allocate) -> dict[int, int]:
     """Component -> bits, of those that keep any: the plan of least error that fits."""
     shape = (delta.shape[0], delta.shape[1])
     costs = [component_bits(shape, bits) for bits in WIDTHS]
@@ -42,7 +47,7 @@ def plan(delta: Tensor, gram: Tensor, budget_bits: int) -> dict[int, int]:
     for _ in range(SOLVES):
         if left < 0 or not len(errors):
             break
-        choice = allocate(errors, [*costs, 0], left, max_choices=MAX_WIDTHS)
+        choice = solve(errors, [*costs, 0], left, max_choices=max_widths)
         bits = torch.tensor([*WIDTHS, 0])[choice].tolist()
         widths = {component: width for component, width in enumerate(bits) if width}
         error = errors.gather(1, choice[:, None]).sum().item()

@@ -223,3 +223,18 @@ def test_control_c_still_works_after_cbc_ran_in_many_threads():
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         time.sleep(1)
+
+
+@pytest.mark.parametrize("widths", [(8, 3), (8, 5), (8, 2), (7, 4, 3), (8, 7, 3), (5,), (8, 4, 1)])
+def test_widths_with_gaps_between_them_are_as_good_as_any_plan(widths):
+    """The narrowest may cost less than the step to the next: 3 bits beside 8."""
+    rng = np.random.default_rng(sum(widths))
+    for out, n in ((64, 96), (32, 32)):
+        costs = layer_costs(out, n, widths)
+        for rank in (1, 3, 5):
+            errors = layer_errors(rng, rank, widths)
+            for share in (0.15, 0.4, 0.7, 0.95):
+                budget = int(share * rank * max(costs)) + min(cost for cost in costs if cost)
+                plan = allocate(errors, costs, budget)
+                assert cost_of(plan, costs) <= budget
+                assert error_of(plan, errors) <= least_plan_error(errors, costs, budget) * WITHIN_GAP

@@ -71,18 +71,18 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: 
 
 
 def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor | None:
-    whole = Case(budget, len(scaled))
+    whole = Case(budget, len(scaled), _kept(costs))
     plan = _greedy(scaled, costs, whole)
     known = math.inf if plan is None else _error(scaled, plan)
     steps, cases = cases_of(costs, budget, undominated(scaled, costs, whole, known))
     plans = (_greedy(scaled, steps, case) for case in cases)
     known = min([known, *(_error(scaled, plan) for plan in plans if plan is not None)])
-    best, kept = None, [int(cost > 0) for cost in costs]
+    best = None
     for case in sorted(cases, key=lambda case: _dual(scaled, steps, case)[0]):
         is_open = undominated(scaled, steps, case, known)
         if not is_open.any(dim=1).all():
             continue  # none of its plans is as good as the known one
-        rows = [(steps, case.budget), (kept, case.components)]
+        rows = [(steps, case.budget), ([int(kept) for kept in case.kept], case.components)]
         plan = _solve(scaled, is_open, rows, None, solver)
         if plan is not None and (best is None or _error(scaled, plan) < known):
             best, known = plan, _error(scaled, plan)
@@ -95,12 +95,18 @@ class Case:
 
     budget: int
     components: int
+    kept: Tensor  # of each choice, fp64: 1, or 0 where the component is left out
+
+
+def _kept(costs: Sequence[int]) -> Tensor:
+    return torch.tensor([float(cost > 0) for cost in costs], dtype=torch.float64)
 
 
 def cases_of(costs: Sequence[int], budget: int, is_open: Tensor) -> tuple[list[int], list[Case]]:
     """The budget in whole steps between widths: those of each choice, and of all that there can be.
 
-    A component of b bits costs step · b + 1 units, or 0. Widths are whole, so what the budget has
+    A component of b bits costs step · b + 1 units, or 0 (with gaps between the widths more than 1,
+    and none or more steps). Widths are whole, so what the budget has
     beyond whole steps is of no use but to pay the 1 of each kept component. The linear relaxation
     of the budget alone does spend it on a part of a step, and the solver can take minutes to prove
     that no plan can (1000 components: 122 s, with steps 0.04 s). How many steps the budget is worth
@@ -109,12 +115,12 @@ def cases_of(costs: Sequence[int], budget: int, is_open: Tensor) -> tuple[list[i
     paid = [cost for cost in costs if cost > 0]
     step = math.gcd(*(cost - paid[0] for cost in paid)) or paid[0]
     rest = paid[0] % step
-    kept = torch.tensor(costs) > 0
-    least = int((~is_open[:, ~kept]).all(dim=1).sum())
-    most = int(is_open[:, kept].any(dim=1).sum())
+    kept = _kept(costs)
+    least = int((~is_open[:, kept == 0]).all(dim=1).sum())
+    most = int(is_open[:, kept > 0].any(dim=1).sum())
     counts = range((budget - rest * least) // step, (budget - rest * most) // step - 1, -1)
     return [cost // step for cost in costs], [
-        Case(count, min((budget - step * count) // rest, most) if rest else most)
+        Case(count, min((budget - step * count) // rest, most) if rest else most, kept)
         for count in counts if count >= 0]
 
 
@@ -127,24 +133,23 @@ def undominated(errors: Tensor, costs: Sequence[int], case: Case, known: float) 
     to the known plan is in no better one. Exact, and it leaves the solver a few choices in all.
     """
     bound, price, fee = _dual(errors, costs, case)
-    priced = _priced(errors, costs, price, fee)
+    priced = _priced(errors, costs, case, price, fee)
     best = priced.min(dim=1, keepdim=True).values
     return priced - best <= (known - bound) + 1e-9 * (known + OBJECTIVE_TOTAL)
 
 
-def _priced(errors: Tensor, costs: Sequence[int], price: float, fee: float) -> Tensor:
+def _priced(errors: Tensor, costs: Sequence[int], case: Case, price: float, fee: float) -> Tensor:
     cost = torch.tensor(costs, dtype=torch.float64)
-    return (errors + fee * (cost > 0)) + price * cost  # in `_price`'s order: it is a price at a tie
+    return (errors + fee * case.kept) + price * cost  # in `_price`'s order: it is a price at a tie
 
 
 def _dual(errors: Tensor, costs: Sequence[int], case: Case) -> tuple[float, float, float]:
     """(lower bound of all plans of a case, the price and the fee that give it)."""
-    kept = torch.tensor(costs) > 0
-
     def at(fee: float) -> tuple[float, int]:
         """The price, and the components that are kept at both."""
-        price = _price(errors + fee * kept, costs, case.budget)
-        return price, int(kept[_priced(errors, costs, price, fee).argmin(dim=1)].sum())
+        price = _price(errors + fee * case.kept, costs, case.budget)
+        cheapest = _priced(errors, costs, case, price, fee).argmin(dim=1)
+        return price, int(case.kept[cheapest].sum())
 
     fee = 0.0
     price, count = at(fee)
@@ -157,7 +162,7 @@ def _dual(errors: Tensor, costs: Sequence[int], case: Case) -> tuple[float, floa
             low, high = (middle, high) if at(middle)[1] > case.components else (low, middle)
         fee = high
         price, _ = at(fee)
-    cheapest = _priced(errors, costs, price, fee).min(dim=1).values.sum().item()
+    cheapest = _priced(errors, costs, case, price, fee).min(dim=1).values.sum().item()
     return cheapest - price * case.budget - fee * case.components, price, fee
 
 
@@ -182,14 +187,14 @@ def _greedy(errors: Tensor, costs: Sequence[int], case: Case) -> Tensor | None:
     where that is none of the case's."""
     cost = torch.tensor(costs, dtype=torch.float64)
     _, price, fee = _dual(errors, costs, case)
-    plan = _priced(errors, costs, price, fee).argmin(dim=1)
+    plan = _priced(errors, costs, case, price, fee).argmin(dim=1)
     while True:
         gain = errors.gather(1, plan[:, None]) - errors
         extra = cost[None, :] - cost[plan][:, None]
         gain = torch.where(extra <= case.budget - cost[plan].sum(), gain, -torch.inf)
         component, choice = divmod(int(gain.argmax()), errors.shape[1])
         if not gain[component, choice] > 0:
-            spent, kept = cost[plan].sum(), int((cost[plan] > 0).sum())
+            spent, kept = cost[plan].sum(), int(case.kept[plan].sum())
             return plan if spent <= case.budget and kept <= case.components else None
         plan[component] = choice
 

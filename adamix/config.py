@@ -52,9 +52,9 @@ class Config:
     decomposition: Literal["output-aware", "plain"] = "output-aware"
     objective: Literal["v+u", "v"] = "v+u"
     correction: bool = True
-    passes: int = 2
+    passes: int = 4
     damping: float = 0.01
-    svd_damping: float = 0.0
+    svd_damping: float = 0.5
     solver: Literal["highs", "cbc"] = "highs"
     allocate: Literal["matrix", "model"] = "matrix"
     embeddings: bool = True
@@ -107,7 +107,8 @@ class Config:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         config = cls()
         if name == "paper":
-            config = cls(decomposition="plain", objective="v", max_widths=4, passes=1)
+            config = cls(decomposition="plain", objective="v", max_widths=4, passes=1,
+                         svd_damping=0.0)
         if changes.get("bits_per_weight") is not None:
             changes.setdefault("ratio", None)
         return dataclasses.replace(config, **changes)  # type: ignore[arg-type]

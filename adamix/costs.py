@@ -115,7 +115,8 @@ def _decomposition(shape: tuple[int, int], candidates: int, config: Config) -> W
     if config.decomposition == "plain":  # an SVD takes two to three eigendecompositions' time
         return rows + Work(eigen=3 * small**3, products_fp64=4 * out * n * small)
     if out <= n:
-        return rows + Work(eigen=out**3, products_fp64=2 * out * n * n + 2 * out * out * n)
+        grams = 2 if config.svd_damping else 1  # of the outputs, and of ΔW alone
+        return rows + Work(eigen=out**3, products_fp64=2 * out * n * (n + grams * out))
     return rows + Work(eigen=n**3, products_fp64=4 * out * n * n + 2 * candidates * out * n)
 
 

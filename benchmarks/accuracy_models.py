@@ -29,7 +29,9 @@ from adamix.merging import restored_model
 from adamix.parallel import workers
 from adamix.storage.log import TOKENS_FILE
 
-PRESETS = ("adamix", "paper")
+ONE_BUDGET = "adamix, one budget"
+PRESETS = {"adamix": adamix.Config(), "paper": adamix.Config.preset("paper"),
+           ONE_BUDGET: adamix.Config(allocate="model")}
 ANY_SIZE = 2**62  # bits, for a method that has one size only
 
 
@@ -94,7 +96,7 @@ class Compression:
             out = self.folder / f"{preset}-{ratio:g}"
             # On a GPU only where this project's kernels are built for one.
             device = None if self.reference.device.type == "cuda" else "cpu"
-            config = replace(adamix.Config.preset(preset, ratio=ratio), seed=self.config.seed,
+            config = replace(PRESETS[preset], ratio=ratio, seed=self.config.seed,
                              calibration_sequences=self.config.calibration_sequences,
                              calibration_length=self.config.calibration_length)
             summary = adamix.compress(self.base, self.finetuned, out, config,
@@ -142,9 +144,11 @@ class Compression:
         return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
 
     def by_preset(self, preset: str, ratio: float) -> Result:
-        """The blocks by this project's method with a preset."""
+        """The blocks by this project's method with a preset; with one budget for all matrices the
+        rest of the model too."""
         start = time.perf_counter()
-        frame, own = self.compressed("adamix", ratio), self.compressed(preset, ratio)
+        own = self.compressed(preset, ratio)
+        frame = own if preset == ONE_BUDGET else self.compressed("adamix", ratio)
         packed = {name: own.delta.matrices[f"{name}.weight"] for name in self.deltas}
         return self._result(frame, {name: one.dequantize() for name, one in packed.items()},
                             8 * sum(one.nbytes for one in packed.values()), start)

@@ -13,7 +13,8 @@ WRONG = [
     ("bits_per_weight", float("nan")), ("bits_per_weight", float("inf")),
     ("bit_widths", ()), ("bit_widths", (0,)), ("bit_widths", (9, 2)), ("bit_widths", (4, -1)),
     ("max_widths", 1), ("max_widths", 0), ("decomposition", "svd"), ("objective", "u"),
-    ("passes", 0), ("passes", -1), ("damping", 0.0), ("damping", 1.0), ("damping", float("nan")),
+    ("passes", 0), ("passes", -1), ("svd_damping", -0.1), ("svd_damping", 1.0),
+    ("damping", 0.0), ("damping", 1.0), ("damping", float("nan")),
     ("solver", "scip"), ("calibration_sequences", 0), ("calibration_length", 1),
 ]
 
@@ -72,14 +73,15 @@ def test_the_default_is_the_adamix_preset():
     assert config.bit_widths == (8, 7, 6, 5, 4, 3, 2)
     assert (config.decomposition, config.objective) == ("output-aware", "v+u")
     assert config.max_widths is None
-    assert (config.correction, config.passes, config.damping) == (True, 2, 0.01)
+    assert (config.correction, config.passes) == (True, 4)
+    assert (config.damping, config.svd_damping) == (0.01, 0.5)
 
 
 def test_the_paper_preset_makes_the_papers_choices():
     config = Config.preset("paper")
     assert config.bit_widths == (8, 7, 6, 5, 4, 3, 2)
     assert (config.decomposition, config.objective, config.max_widths) == ("plain", "v", 4)
-    assert (config.correction, config.passes) == (True, 1)
+    assert (config.correction, config.passes, config.svd_damping) == (True, 1, 0.0)
 
 
 @pytest.mark.parametrize("name", ["adamix", "paper"])

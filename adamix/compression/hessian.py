@@ -14,8 +14,9 @@ INVERSE_RIDGE = 1e-6  # of the mean diagonal, for A H Aᵀ and BᵀB
 
 def damp(matrix: Tensor, share: float) -> Tensor:
     """matrix + share · mean(diagonal) · I."""
-    ridge = share * matrix.diagonal().mean()
-    return matrix + ridge * torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    damped = matrix.clone()
+    damped.diagonal().add_(share * matrix.diagonal().mean())
+    return damped
 
 
 def hessian(gram: Tensor, damping: float) -> Hessian:

@@ -284,7 +284,7 @@ def test_the_picture_is_on_the_page_and_none_of_its_texts_lies_on_another():
 
 
 @pytest.mark.parametrize("name", ["this project", "this project, preset paper",
-                                  "codes of four together"])
+                                  "trellis codes", "codes of four together"])
 def test_what_a_budget_does_not_pay_for_is_no_reconstruction(case, name):
     delta, gram = case
     assert methods.METHODS[name](delta, gram, 300) is None

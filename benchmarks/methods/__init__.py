@@ -14,6 +14,7 @@ from methods import (
     impart,
     low_rank,
     ours,
+    trellis_codes,
     ultradelta,
     vector_codes,
 )
@@ -23,6 +24,7 @@ from methods.reconstruction import Method
 METHODS: dict[str, Method] = {
     "this project": ours.preset_adamix,
     "this project, preset paper": ours.preset_paper,
+    "trellis codes": trellis_codes.compress,
     "codes of four together": vector_codes.compress,
     "AdaMix, published": adamix_published.corrected,
     "AdaMix, no correction": adamix_published.uncorrected,

@@ -19,13 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import adamix
-from adamix.budget import COUNTS_BYTES
-from adamix.compression.allocate import allocate
-from adamix.compression.correct import component_gram, correct, solve_rows
-from adamix.compression.decompose import decompose
-from adamix.compression.hessian import hessian, inverse_upper
-from adamix.compression.matrix import component_bits
+from adamix.artifacts import Hessian
+from adamix.compression.hessian import inverse_upper
+from methods import steps
 from methods.reconstruction import Reconstruction
 
 BOOKS = Path(__file__).with_name("vector_codes.safetensors")
@@ -38,46 +34,11 @@ FIELD = 4
 
 
 def compress(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | None:
-    """The steps of `adamix.compression.matrix`, in their order."""
-    config = adamix.Config(bits_per_weight=1.0)
-    widths = config.bit_widths
-    costs = [component_bits(delta.shape, b) for b in widths]
-    budget = budget_bits - 8 * COUNTS_BYTES
-    if budget < min(costs):
-        return None
-    H, delta = hessian(gram, config.damping), delta.double()
-    factors = decompose(delta, H, budget // min(costs))
-    V_at = {b: quantize_rows(factors.V, b, H.matrix) for b in widths}
-    whole = factors.s**2 * _energy(factors.V, H.matrix)
-    errors = [factors.s**2 * _energy(factors.V - V_at[b], H.matrix) + whole * _lost(factors.U.T, b)
-              for b in widths]
-    choice = allocate(torch.stack([*errors, whole], dim=1), [*costs, 0], budget)
-    all_bits = torch.tensor([*widths, 0])[choice]
-    kept = torch.sort(all_bits, descending=True, stable=True).indices[: int((all_bits > 0).sum())]
-    bits, s = all_bits[kept], factors.s[kept]
-    V = torch.stack([V_at[int(b)][i] for b, i in zip(bits, kept, strict=True)])
-
-    def quantized_u() -> Tensor:
-        A = s[:, None] * V
-        A_gram = component_gram(A, H)
-        return quantize_columns(correct(delta, A, H, A_gram), bits, A_gram)
-
-    U = quantized_u()
-    for _ in range(config.passes - 1):
-        V_star = solve_rows(delta, U)
-        s = torch.linalg.vector_norm(V_star, dim=1)
-        for b in bits.unique().tolist():
-            V[bits == b] = quantize_rows(V_star[bits == b] / s[bits == b, None], b, H.matrix)
-        U = quantized_u()
-    used = sum(component_bits(delta.shape, int(b)) for b in bits) + 8 * COUNTS_BYTES
-    return Reconstruction(((U * s) @ V).float(), used, len(bits))
+    return steps.compress(steps.Codes(quantize_rows, quantize_columns, lost), delta, gram,
+                          budget_bits)
 
 
-def _energy(rows: Tensor, H: Tensor) -> Tensor:
-    return ((rows @ H) * rows).sum(dim=1)
-
-
-def _lost(lanes: Tensor, bits: int) -> Tensor:
+def lost(lanes: Tensor, bits: int) -> Tensor:
     """The share of each lane's energy that rounding loses."""
     lanes = lanes.float()
     rounded = nearest(lanes, bits, find_scales(lanes, bits))
@@ -126,7 +87,7 @@ def find_scales(lanes: Tensor, bits: int) -> Tensor:
 # --- GPTQ ----------------------------------------------------------------------------------------
 
 
-def quantize_rows(rows: Tensor, bits: int, H: Tensor) -> Tensor:
+def quantize_rows(rows: Tensor, bits: int, H: Hessian) -> Tensor:
     """GPTQ on rows of V `[m, n]` at one width, fields of four inputs at a time, the heaviest first.
 
     n must be a multiple of four.
@@ -134,9 +95,10 @@ def quantize_rows(rows: Tensor, bits: int, H: Tensor) -> Tensor:
     m, n = rows.shape
     rows = rows.float()
     scales = find_scales(rows, bits)
-    fields = torch.argsort(H.diagonal().view(-1, FIELD).sum(dim=1), descending=True, stable=True)
+    weights = H.matrix.diagonal().view(-1, FIELD).sum(dim=1)
+    fields = torch.argsort(weights, descending=True, stable=True)
     order = (fields[:, None] * FIELD + torch.arange(FIELD)).flatten()
-    inverse = inverse_upper(H, order)
+    inverse = inverse_upper(H.matrix, order)
     left, result = rows[:, order].clone(), torch.empty_like(rows)
     for first in range(0, n, FIELD):
         field = slice(first, first + FIELD)

@@ -14,6 +14,11 @@ from tables import table
 ROWS = Path(__file__).with_name("results") / "compression.csv"
 
 
+def samples(row: CompressionRow) -> bool:
+    """Whether the fine-tune sampled the tokens that calibrated it."""
+    return "--self" in row.command
+
+
 def runs(rows: Sequence[CompressionRow], scope: str) -> list[list[CompressionRow]]:
     """The latest run of each kind: its stages, the whole last."""
     found: dict[object, list[CompressionRow]] = {}
@@ -21,7 +26,7 @@ def runs(rows: Sequence[CompressionRow], scope: str) -> list[list[CompressionRow
     for row in rows:
         run.append(row)
         if row.stage == WHOLE:
-            key = row.impl, row.processes, row.length, row.model, "--self" in row.command
+            key = row.impl, row.processes, row.length, row.model, samples(row)
             if row.scope == scope:
                 found[key] = run
             run = []
@@ -30,10 +35,11 @@ def runs(rows: Sequence[CompressionRow], scope: str) -> list[list[CompressionRow
 
 def of_model(rows: Sequence[CompressionRow]) -> str:
     """Seconds by stage and peak memories of whole models, a column a run."""
-    found = sorted(runs(rows, "model"), key=lambda run: run[-1].processes)
+    found = sorted(runs(rows, "model"), key=lambda run: (samples(run[-1]), run[-1].processes))
     if not found:
         return ""
-    stages = list(dict.fromkeys(row.stage for run in found for row in run if row.stage != WHOLE))
+    stages = list(dict.fromkeys(row.stage for run in sorted(found, key=len, reverse=True)
+                                for row in run if row.stage != WHOLE))
     seconds = [{row.stage: f"{row.seconds:.1f}" for row in run} for run in found]
     lines = [[stage, *(of.get(stage, "") for of in seconds)] for stage in (*stages, WHOLE)]
     last = [run[-1] for run in found]
@@ -43,9 +49,13 @@ def of_model(rows: Sequence[CompressionRow]) -> str:
               ["delta, MB", *(f"{(row.bytes or 0) / 1e6:.1f}" for row in last)],
               ["its SHA-256", *(f"{row.sha256[:8]}…" for row in last)]]
     title = (f"{last[0].model}, {last[0].layers} layers, calibrated by {last[0].sequences} × "
-             f"{last[0].length} given tokens: seconds by stage, from the start of the process to "
-             "the finished file; memories are the largest process's:")
-    heads = [f"{row.processes} GPU{'s' * (row.processes > 1)}" for row in last]
+             f"{last[0].length} given tokens"
+             + "".join(f", or by {row.sequences} × {row.length} that the fine-tune samples"
+                       for row in last if samples(row))
+             + ": seconds by stage, from the start of the process to the finished file; memories "
+               "are the largest process's:")
+    heads = [f"{row.processes} GPU{'s' * (row.processes > 1)}" + ", sampled" * samples(row)
+             for row in last]
     return f"{title}\n\n{table(['', *heads], lines)}"
 
 
@@ -71,7 +81,8 @@ def origin(rows: Sequence[CompressionRow]) -> str:
 
 def markdown(rows: Sequence[CompressionRow]) -> str:
     """All of it."""
-    return "\n\n".join(filter(None, [of_model(rows), of_layer(rows), origin(rows)]))
+    shown = [row for scope in ("model", "layer") for run in runs(rows, scope) for row in run]
+    return "\n\n".join(filter(None, [of_model(rows), of_layer(rows), origin(shown)]))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ class Hessian:
     """H with a mean diagonal of 1, and what its users need."""
 
     matrix: Tensor
-    lower: Tensor  # its Cholesky factor
     order: Tensor  # inputs by falling diagonal
     inverse_upper: Tensor  # the upper Cholesky factor of H[order, order]⁻¹
 
@@ -104,7 +103,7 @@ def hessian(gram: Tensor, damping: float) -> Hessian:
     order = torch.argsort(matrix.diagonal(), descending=True)
     lower = torch.linalg.cholesky(matrix[order][:, order])
     inverse_upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return Hessian(matrix, torch.linalg.cholesky(matrix), order, inverse_upper)
+    return Hessian(matrix, order, inverse_upper)
 
 
 def compress_matrix(delta: Tensor, H: Hessian, config: Config, clock: Clock,
@@ -137,7 +136,11 @@ def compress_matrix(delta: Tensor, H: Hessian, config: Config, clock: Clock,
 def decompose(delta: Tensor, H: Hessian, rank: int, config: Config
               ) -> tuple[Tensor, Tensor, Tensor]:
     """(U, s, V) of ΔW, or of ΔW L with V's rows brought back from it; V's rows of length 1."""
-    whitened = delta if config.decomposition == "plain" else delta @ H.lower
+    whitened = delta
+    if config.decomposition == "output-aware":
+        damped = H.matrix.clone()
+        damped.diagonal().add_(config.svd_damping * H.matrix.diagonal().mean())
+        whitened = delta @ torch.linalg.cholesky(damped)
     U = torch.linalg.svd(whitened, full_matrices=False).U[:, :rank]
     scaled = U.T @ delta
     s = torch.linalg.vector_norm(scaled, dim=1)

@@ -95,7 +95,7 @@ def served(cached):
     assert not any(known.holders for known in served.bank._known.values())
 
 
-MIX = ["a", None, "b", "c", "c", "a", "b", None]
+MIX = ["c", "a", None, "b", "a", "c", "b", None]
 
 
 def mixed_prompts():

@@ -184,7 +184,7 @@ def test_seconds_are_those_of_the_work_at_the_rates_on_so_many_threads(monkeypat
     assert {stage: 2 * spent for stage, spent in once.items()} == pytest.approx(seconds())
     rates[0] = STEADY
     assert seconds(threads=2)[both] == pytest.approx(once[both] / 2)
-    assert seconds(passes=4)[both] > once[both] < seconds(calibration_sequences=400)[both]
+    assert seconds(passes=6)[both] > once[both] < seconds(calibration_sequences=400)[both]
     assert seconds(calibration_length=32)["calibration tokens"] > once["calibration tokens"]
 
 

@@ -263,7 +263,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, pairs, monkeypatch):
         call_of(dense, tmp_path / "interrupted", interrupted=1, threads=1),
         {"base": str(plain.base), "finetuned": str(plain.finetuned), "threads": 1,
          "out": str(tmp_path / "resumed"), "config": {**OPTIONS, "bit_widths": (8, 4, 3, 2),
-         "calibration_sequences": 8, "calibration_length": 32, "passes": 2}}]
+         "calibration_sequences": 8, "calibration_length": 32, "passes": 4}}]
     found = at_work(2, tmp_path / "said", calls)
     for out, expected in (("dense", dense / "delta"), ("experts", experts / "delta"),
                           ("shared", dense / "shared"), ("unsuited", dense / "delta"),

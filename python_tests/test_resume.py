@@ -172,7 +172,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(passes=3), "config passes was 2 and is 3 now"),
+    (dict(passes=3), "config passes was 4 and is 3 now"),
     (dict(bits_per_weight=2.5), "config bits_per_weight was 3.0 and is 2.5 now"),
     (dict(seed=1), "config seed was 0 and is 1 now")])
 def test_the_work_of_another_configuration_is_refused(tmp_path, monkeypatch, change, words):

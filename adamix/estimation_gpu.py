@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,14 +83,15 @@ def with_workspaces(taken: int) -> int:
 
 
 def reading_bytes(pairs: Mapping[str, int], threads: int) -> int:
-    """Of the host, while both models are read: files are mapped, and count as they are read.
+    """Of the host, while both models are read: files are mapped, and count as they are read; each
+    side for its hash, both for their comparison.
 
     Args:
         pairs: bytes of both sides of each tensor, by name.
-        threads: tensors at a time, which are neighbours in the order of their names.
+        threads: of those at a time; one has a whole tensor.
     """
-    sizes = [pairs[name] for name in sorted(pairs)]
-    return max((sum(sizes[i : i + threads]) for i in range(len(sizes))), default=0)
+    parts = [part for pair in pairs.values() for part in (pair / 2, pair / 2, pair)]
+    return math.ceil(sum(nlargest(threads, parts)))
 
 
 def host_bytes(pairs: Iterable[int], largest: int) -> int:

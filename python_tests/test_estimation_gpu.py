@@ -125,9 +125,9 @@ def write_headers(folder, config):
 
 
 def test_a_7b_model_is_estimated_as_it_was_measured(gpu, tmp_path):
-    """A run of Qwen2.5-7B's shapes on an H100 took 70.5 s for calibration and compression, 22.24 GB
-    of the GPU, 5.40 GB of the host, and wrote 951.78 MB. Its rates, roughly: products at 60, 50 and
-    680 TFLOP/s, the rest such that a layer's matrices take the 1.6 s that they took alone."""
+    """A run of Qwen2.5-7B's shapes on an H200 took 72.0 s for calibration and compression, held
+    23.78 GB of the GPU, 7.95 GB of the host (32 threads), and wrote 951.78 MB. Its rates, roughly:
+    products at 60, 50 and 680 TFLOP/s, the rest such that a layer's matrices take about 2 s."""
     config = AutoConfig.for_model(
         "qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
         num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
@@ -138,12 +138,12 @@ def test_a_7b_model_is_estimated_as_it_was_measured(gpu, tmp_path):
                  gptq=2.5e-14, scales=2e-11, candidates=6e-5, activations=1e-12, cached=6e-11,
                  surveyed=1 / 1.5e9)
     gpu[0] = rates, replace(rates, products_fp32=1 / 680e12)
-    found = estimate(tmp_path / "base", tmp_path / "finetuned", Config(ratio=16), threads=16,
+    found = estimate(tmp_path / "base", tmp_path / "finetuned", Config(ratio=16), threads=32,
                      calibration=torch.zeros(128, 2048, dtype=torch.long))
     assert found.bytes == pytest.approx(951.78e6, rel=0.001)
-    assert 70.5 / 1.5 < found.seconds["calibration and compression"] < 70.5 * 1.5
-    assert 22.24e9 <= found.gpu_bytes <= 1.25 * 22.24e9
-    assert 5.40e9 <= found.peak_bytes <= 2 * 5.40e9
+    assert 72.0 / 1.5 < found.seconds["calibration and compression"] < 72.0 * 1.5
+    assert 23.78e9 <= found.gpu_bytes <= 1.25 * 23.78e9
+    assert 7.95e9 <= found.peak_bytes <= 2.1 * 7.95e9  # were the largest read all at a time
 
 
 # --- a GPU's memory ----------------------------------------------------------------------------
@@ -213,9 +213,9 @@ def test_a_sampling_model_is_there_whole_with_a_chunks_cache():
         2 * 2050 + chunk_bytes(config, 32, gpu=True, itemsize=FAKE.dtype.itemsize))
 
 
-def test_tensors_that_are_read_side_by_side_are_neighbours():
-    pairs = {"a": 5, "b": 1, "c": 4, "d": 3, "e": 1}
-    assert [reading_bytes(pairs, threads) for threads in (1, 2, 3, 9)] == [5, 7, 10, 14]
+def test_of_tensors_that_are_read_side_by_side_the_largest_count():
+    pairs = {"a": 5, "b": 1, "c": 4, "d": 3, "e": 1}  # with each side of each read once more
+    assert [reading_bytes(pairs, threads) for threads in (1, 2, 3, 5, 99)] == [5, 9, 12, 17, 28]
     assert reading_bytes({}, 2) == 0
 
 

@@ -133,6 +133,8 @@ def compress(
     allocate: Allocate = None,
     solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
+    unbiased: Annotated[bool | None, typer.Option(
+        "--unbiased/--no-unbiased", help="Scales make up for what rounding takes off.")] = None,
     svd_damping: Annotated[float | None, typer.Option(
         help="What the SVD adds to that, in [0, 1).")] = None,
     embeddings: Embeddings = None,
@@ -150,8 +152,8 @@ def compress(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
         calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
         decomposition=decomposition, objective=objective, correction=correction, solver=solver,
-        allocate=allocate, damping=damping, svd_damping=svd_damping, embeddings=embeddings,
-        vision=vision)
+        allocate=allocate, damping=damping, svd_damping=svd_damping, unbiased=unbiased,
+        embeddings=embeddings, vision=vision)
     _quiet()
     from adamix.pipeline import compress as run
 

@@ -20,6 +20,7 @@ from rivals.gptq_loop import BLOCK, gptq_loop
 from torch import Tensor
 
 from adamix.compression.allocate import allocate
+from adamix.compression.correct import LEAST_KEPT, MOST_GAIN
 from adamix.compression.matrix import component_bits
 from adamix.compression.quantize import nearest_codes, search_scales
 from adamix.config import Config
@@ -130,6 +131,9 @@ def compress_matrix(delta: Tensor, H: Hessian, config: Config, clock: Clock,
             s_new = torch.linalg.vector_norm(target, dim=1, keepdim=True)
             A = s_new * rows_at_widths(target / s_new, bits, H)
             U_hat = quantize_u(delta, A, U[:, kept], bits, H, config)
+        if config.unbiased:
+            left = (U[:, kept] * U_hat).sum(dim=0) * (V[kept] * A).sum(dim=1) / s[kept]
+            A = A * torch.where(left > LEAST_KEPT, 1 / left, 1.0).clamp(max=MOST_GAIN)[:, None]
     return Approximation(U_hat, A, bits)
 
 

@@ -124,7 +124,7 @@ def test_the_plans_summed_errors_predict_the_real_error(seed, bits_per_weight):
     out = n = 256
     X, delta = layer_inputs(rng, n, 512), layer_delta(rng, out, n)
     config = Config(bits_per_weight=bits_per_weight, passes=1, correction=False,
-                    svd_damping=0.0)
+                    svd_damping=0.0, unbiased=False)
     H = hessian(torch.from_numpy(X @ X.T), DAMPING)
     result = quantize_matrix(torch.from_numpy(delta), H, config)
     X = damped_inputs(X, DAMPING)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adamix.artifacts import Hessian
+from adamix.artifacts import Factors, Hessian
 from adamix.compression.hessian import INVERSE_RIDGE, damp
+
+LEAST_KEPT, MOST_GAIN = 0.3, 1.6
 
 
 def component_gram(A: Tensor, H: Hessian) -> Tensor:
@@ -30,6 +32,27 @@ def correct(delta: Tensor, A: Tensor, H: Hessian, gram: Tensor) -> Tensor:
     """
     factor = torch.linalg.cholesky(gram)
     return torch.cholesky_solve(A @ H.matrix @ delta.T, factor).T
+
+
+def component_gains(factors: Factors, U_hat: Tensor, V_hat: Tensor) -> Tensor:
+    """By what each component is to be multiplied so that Δ̂ has all of it, 1 / kept with
+
+        kept_i = u_iᵀ (û_i v̂_i) v_iᵀ / s_i
+
+    Rounded with the least error a component keeps less than 1 of itself. Those that rounding has
+    turned into something else are left alone.
+
+    Args:
+        factors: of the components.
+        U_hat: their rounded columns `[out, rank]` fp64, singular values in them; times D^½ where
+            the factors are of D^½ ΔW.
+        V_hat: their rounded rows `[rank, in]` fp64.
+
+    Returns:
+        `[rank]` fp64, at most MOST_GAIN.
+    """
+    kept = (factors.U * U_hat).sum(dim=0) * (factors.V * V_hat).sum(dim=1) / factors.s
+    return torch.where(kept > LEAST_KEPT, 1.0 / kept, 1.0).clamp(max=MOST_GAIN)
 
 
 def solve_rows(delta: Tensor, B: Tensor, weights: Tensor | None = None) -> Tensor:

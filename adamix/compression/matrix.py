@@ -11,7 +11,7 @@ from torch import Tensor
 from adamix import ops
 from adamix.artifacts import Factors, Hessian, Lanes, QuantizedDelta
 from adamix.compression.allocate import allocate
-from adamix.compression.correct import component_gram, correct, solve_rows
+from adamix.compression.correct import component_gains, component_gram, correct, solve_rows
 from adamix.compression.decompose import decompose
 from adamix.compression.quantize import quantize_columns, quantize_rows
 from adamix.compression.simulate import Simulation, simulate
@@ -72,7 +72,8 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
 
 def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simulation: Simulation,
               choice: Tensor, row_weights: Tensor | None) -> QuantizedDelta:
-    """The kept components at their widths: V, then U corrected for V's error, then both again."""
+    """The kept components at their widths: V, then U corrected for V's error, then both again; at
+    last their scales."""
     components, bits = _kept(simulation, choice)
     if len(components) == 0:  # ΔW = 0, or nothing in it that these inputs can see
         empty = torch.empty(0, dtype=torch.uint8, device=delta.device)
@@ -96,6 +97,12 @@ def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simul
         V_hat = quantize_rows(V_star / s[:, None], bits, H)
         U_hat = quantize_u()
     scales = U_hat.scales.double() * s * V_hat.scales.double()
+    if config.unbiased:
+        scaled = U_hat.dequantize().T * s
+        if row_weights is not None:
+            scaled = scaled * row_weights.double().sqrt()[:, None]
+        kept = Factors(factors.U[:, components], factors.s[components], factors.V[components])
+        scales *= component_gains(kept, scaled, V_hat.dequantize())
     return QuantizedDelta(U_hat.codes, V_hat.codes, bits, scales.float())
 
 

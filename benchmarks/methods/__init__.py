@@ -23,6 +23,7 @@ from methods.reconstruction import Method
 # Fit to any budget.
 METHODS: dict[str, Method] = {
     "this project": ours.preset_adamix,
+    "this project, least error": ours.least_error,
     "this project, preset paper": ours.preset_paper,
     "trellis codes": trellis_codes.compress,
     "codes of four together": vector_codes.compress,

@@ -188,7 +188,7 @@ def stage_seconds(delta: Tensor, gram: Tensor, config: adamix.Config) -> dict[st
 
 def components(delta: Tensor, gram: Tensor) -> tuple[list[float], list[list[float]]]:
     """Singular values of ΔW; ΔV_i H ΔV_iᵀ of each component at each of WIDTHS (paper eq. 5)."""
-    H = hessian(gram, adamix.Config().damping)
+    H = hessian(gram, adamix.Config.preset("paper").damping)
     factors = decompose(delta, H, min(delta.shape), plain=True)
     errors = simulate(factors, H, WIDTHS, include_u=False).errors[:, :-1]
     return factors.s.tolist(), (errors / factors.s[:, None] ** 2).tolist()

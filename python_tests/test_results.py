@@ -11,11 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-compression_tables, plot, plot_serving, rows, tables = map(
-    importlib.import_module, ("compression_tables", "plot", "plot_serving", "rows", "tables"))
+accuracy_tables, compression_tables, plot, plot_serving, rows, tables = map(
+    importlib.import_module, ("accuracy_tables", "compression_tables", "plot", "plot_serving",
+                              "rows", "tables"))
 
 README = (ROOT / "README.md").read_text()
-MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS, compression_tables.ROWS)
+MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS, compression_tables.ROWS,
+            accuracy_tables.ROWS)
 
 
 def kernels():
@@ -37,6 +39,12 @@ def compressions():
 def test_the_readme_has_the_tables_of_the_rows(command, text):
     assert re.search(rf"python benchmarks/{command} (--table )? *#", README)
     assert f"\n\n{text}\n\n" in README, f"paste what benchmarks/{command} --table prints"
+
+
+def test_the_page_on_quality_has_the_tables_of_the_rows_of_accuracy():
+    text = accuracy_tables.markdown(rows.read_rows([accuracy_tables.ROWS], rows.AccuracyRow))
+    page = (ROOT / "benchmarks" / "QUALITY.md").read_text()
+    assert f"\n\n{text}\n\n" in page, "paste what benchmarks/bench_accuracy.py --table prints"
 
 
 def test_the_readme_has_the_pictures_and_they_are_there():

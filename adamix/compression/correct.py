@@ -1,4 +1,5 @@
-"""Least-squares targets: the U that absorbs V̂'s error, and the V that absorbs Û's."""
+"""Least-squares targets: the U that absorbs V̂'s error, and the V that absorbs Û's; and the scales
+that make up for what rounding takes off the components."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from adamix.artifacts import Factors, Hessian
 from adamix.compression.hessian import INVERSE_RIDGE, damp
 
-LEAST_KEPT, MOST_GAIN = 0.3, 1.6
+LEAST_KEPT, MOST_GAIN = 0.3, 1.6  # of a component, for a gain; and the largest gain
 
 
 def component_gram(A: Tensor, H: Hessian) -> Tensor:

@@ -24,7 +24,8 @@ def hessian(gram: Tensor, damping: float) -> Hessian:
 
     Args:
         gram: X Xᵀ `[in, in]`, symmetric, any float dtype; not overwritten.
-        damping: in (0, 1). With few tokens 1 % halves the error on inputs held out.
+        damping: in (0, 1). With few tokens, or tokens unlike those to come, much of it helps:
+            2,048 of a model's own, 20 % in place of 1 %, a third off the error on its tasks.
 
     Raises:
         ValueError: `gram` is not square, zero, or no X Xᵀ; NonFiniteError: NaN or Inf.

@@ -112,6 +112,14 @@ class Bench:
         return Questions.of(tokenizer_of([self.args.base]), family, self.args.prompts, text,
                             model.config.max_position_embeddings)
 
+    def compression(self, folder: Path, base: PreTrainedModel, reference: PreTrainedModel,
+                    questions: Questions, seed: int, made: Path) -> Compression:
+        """A fine-tune calibrated with one seed; `made` takes delta folders."""
+        config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
+                               calibration_length=self.args.length)
+        return Compression(self.args.base, folder, base, reference, config, made,
+                           [window.ids for window in questions.answered])
+
     def finetune(self, folder: Path) -> None:
         """All methods, ratios and seeds on one fine-tune, and what stands at both ends."""
         training = json.loads((folder / RECORD).read_text())
@@ -127,11 +135,8 @@ class Bench:
             self.write(questions.score(end, reference, None))
         for seed in self.args.seeds:
             with tempfile.TemporaryDirectory(prefix="adamix-accuracy-") as made:
-                config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
-                                       calibration_length=self.args.length)
-                compression = Compression(self.args.base, folder, base, reference, config,
-                                          Path(made),
-                                          [window.ids for window in questions.answered])
+                compression = self.compression(folder, base, reference, questions, seed,
+                                               Path(made))
                 self._methods(replace(start, seed=seed), compression, questions, reference)
 
     def _methods(self, start: AccuracyRow, compression: Compression, questions: Questions,

@@ -145,11 +145,8 @@ class Paper(Bench):
             start = AccuracyRow(self.args.base.name, family, "", self.args.ratio, training["seed"],
                                 seed)
             with tempfile.TemporaryDirectory(prefix="adamix-paper-") as made:
-                config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
-                                       calibration_length=self.args.length)
-                compression = Compression(self.args.base, folder, base, reference, config,
-                                          Path(made),
-                                          [window.ids for window in questions.answered])
+                compression = self.compression(folder, base, reference, questions, seed,
+                                               Path(made))
                 if {"widths", "errors"} & set(self.args.parts):
                     self._methods(start, compression, questions, reference)
                 if seed == self.args.seeds[0]:

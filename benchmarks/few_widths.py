@@ -9,7 +9,6 @@ good.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -40,27 +39,14 @@ def allocate_few(errors: Tensor, costs: Sequence[int], budget: int, *,
         if bounds[index].item() > least * (1 + SLACK):
             break
         chosen = list(sets[index])
-        plan = torch.tensor(chosen)[_of_set(solve, errors[:, chosen], [costs[k] for k in chosen],
-                                            budget, solver)]
+        plan = torch.tensor(chosen)[solve(errors[:, chosen], [costs[k] for k in chosen], budget,
+                                          solver=solver)]
         error = errors.gather(1, plan[:, None]).sum().item()
         if best is None or error < least:
             best, least = plan, error
     if best is None:
         raise ValueError(f"no plan of {rank} components keeps to {budget} bits")
     return best
-
-
-def _of_set(solve: Solve, errors: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor:
-    """Without a limit `allocate` drops choices by bounds, with one, here of no effect, it does not.
-    The bounds take a width that costs less than a step between widths (3 bits beside 8) for none;
-    and their fee for a component is in fp32, so that now and then no plan is left."""
-    paid = [cost for cost in costs if cost > 0]
-    if math.gcd(*(cost - paid[0] for cost in paid)) <= min(paid):
-        try:
-            return solve(errors, costs, budget, solver=solver)
-        except RuntimeError:
-            pass
-    return solve(errors, costs, budget, solver=solver, max_choices=len(costs))
 
 
 def with_solver(solve: Solve) -> Solve:

@@ -138,12 +138,12 @@ def test_a_7b_model_is_estimated_as_it_was_measured(gpu, tmp_path):
                  gptq=2.5e-14, scales=2e-11, candidates=6e-5, activations=1e-12, cached=6e-11,
                  surveyed=1 / 1.5e9)
     gpu[0] = rates, replace(rates, products_fp32=1 / 680e12)
-    found = estimate(tmp_path / "base", tmp_path / "finetuned", Config(ratio=16), threads=32,
+    found = estimate(tmp_path / "base", tmp_path / "finetuned", Config(ratio=16), threads=16,
                      calibration=torch.zeros(128, 2048, dtype=torch.long))
     assert found.bytes == pytest.approx(951.78e6, rel=0.001)
     assert 72.0 / 1.5 < found.seconds["calibration and compression"] < 72.0 * 1.5
     assert 23.78e9 <= found.gpu_bytes <= 1.25 * 23.78e9
-    assert 7.95e9 <= found.peak_bytes <= 2.1 * 7.95e9  # were the largest read all at a time
+    assert 7.95e9 <= found.peak_bytes <= 2 * 7.95e9
 
 
 # --- a GPU's memory ----------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_few_widths_are_as_good_as_the_integer_program_s(seed, most):
 def test_a_set_of_widths_with_a_gap_is_solved_exactly():
     errors, _, _ = program(2, rank=20, choices=3)
     costs, budget = [193, 73, 0], 900  # 8 and 3 bits: a step is more than the narrower width
-    found = few._of_set(allocate, errors, costs, budget, "highs")
+    found = allocate(errors, costs, budget)
     exact = allocate(errors, costs, budget, max_choices=3)
     assert error_of(errors, found) == pytest.approx(error_of(errors, exact), rel=2e-6)
 
@@ -68,20 +68,18 @@ def test_no_plan_of_a_set_is_below_its_bound_by_brute_force():
             assert bound.item() <= least * (1 + 1e-9)
 
 
-def test_most_sets_are_not_solved_and_a_failed_one_is_solved_with_a_limit():
+def test_most_sets_are_not_solved():
     errors, costs, budget = program(1)
     calls = []
 
     def solve(errors, costs, budget, **options):
         calls.append(options)
-        if "max_choices" not in options:
-            raise RuntimeError("found no plan")
         return allocate(errors, costs, budget, **options)
 
     plan = few.allocate_few(errors, costs, budget, max_choices=3, solve=solve)
     assert error_of(errors, plan) == pytest.approx(
         error_of(errors, allocate(errors, costs, budget, max_choices=3)), rel=2e-6)
-    assert 2 <= len(calls) <= 2 * 5
+    assert 1 <= len(calls) <= 5  # of 10 sets
 
 
 # --- errors of the outputs ---------------------------------------------------------------------

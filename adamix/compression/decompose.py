@@ -29,11 +29,13 @@ def decompose(delta: Tensor, H: Hessian, max_rank: int, *, plain: bool = False,
         every column of U positive.
     """
     delta = delta.double()
-    ridge = damping * H.matrix.diagonal().mean()
     if plain:
         U = torch.linalg.svd(delta, full_matrices=False).U
     elif delta.shape[0] <= delta.shape[1]:
-        energies, U = torch.linalg.eigh(delta @ H.matrix @ delta.T + ridge * (delta @ delta.T))
+        square = delta @ H.matrix @ delta.T
+        if damping:
+            square += damping * H.matrix.diagonal().mean() * (delta @ delta.T)
+        energies, U = torch.linalg.eigh(square)
         U = U.flip(1)
     else:
         whitened = delta @ (torch.linalg.cholesky(damp(H.matrix, damping)) if damping else H.lower)

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from adamix.compression.allocate import allocate
-from methods.components import component_bits, plain_svd, quantize_components, stored_bits
+from methods.components import (
+    Factors,
+    component_bits,
+    plain_svd,
+    quantize_components,
+    stored_bits,
+)
 from methods.quantizer import gptq, group_index_bits
 from methods.reconstruction import Reconstruction
 
@@ -28,21 +34,24 @@ SOLVES = 6
 def corrected(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None = MAX_WIDTHS,
               solve: Callable[..., Tensor] = allocate) -> Reconstruction:
     """`max_widths` is f_max; `solve` stands for `allocate`."""
-    widths = plan(delta, gram, budget_bits, max_widths=max_widths, solve=solve)
-    return quantize_components(delta, gram, widths, correction=True)
+    factors = plain_svd(delta)
+    widths = plan(delta, gram, budget_bits, max_widths=max_widths, solve=solve, factors=factors)
+    return quantize_components(delta, gram, widths, correction=True, factors=factors)
 
 
 def uncorrected(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction:
-    widths = plan(delta, gram, budget_bits)
-    return quantize_components(delta, gram, widths, correction=False)
+    factors = plain_svd(delta)
+    widths = plan(delta, gram, budget_bits, factors=factors)
+    return quantize_components(delta, gram, widths, correction=False, factors=factors)
 
 
 def plan(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None = MAX_WIDTHS,
-         solve: Callable[..., Tensor] = allocate) -> dict[int, int]:
+         solve: Callable[..., Tensor] = allocate, factors: Factors | None = None
+         ) -> dict[int, int]:
     """Component -> bits, of those that keep any: the plan of least error that fits."""
     shape = (delta.shape[0], delta.shape[1])
     costs = [component_bits(shape, bits) for bits in WIDTHS]
-    errors = v_errors(delta, gram, budget_bits // min(costs))
+    errors = v_errors(delta, gram, budget_bits // min(costs), factors)
     plan, least, left = {}, float("inf"), budget_bits - group_index_bits(shape[1])
     for _ in range(SOLVES):
         if left < 0 or not len(errors):
@@ -61,9 +70,9 @@ def plan(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | Non
     return plan
 
 
-def v_errors(delta: Tensor, gram: Tensor, most: int) -> Tensor:
+def v_errors(delta: Tensor, gram: Tensor, most: int, factors: Factors | None = None) -> Tensor:
     """e_V `[components, widths + 1]` of the `most` leading components (paper eq. 5)."""
-    _, s, V = plain_svd(delta)
+    _, s, V = factors or plain_svd(delta)
     s, V, gram = s[:most], V[:most], gram.double()
     rank = len(s)
     bits = torch.tensor(WIDTHS).repeat_interleave(rank)

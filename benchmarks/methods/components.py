@@ -35,14 +35,18 @@ def stored_bits(shape: tuple[int, int], widths: Iterable[int]) -> int:
             + shape[0] * scales + group_index_bits(shape[1]) * bool(count))
 
 
-def plain_svd(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def plain_svd(delta: Tensor) -> Factors:
     """U, s, V of ΔW in fp64, s as 16 bits hold it."""
     U, s, V = torch.linalg.svd(delta.double(), full_matrices=False)
     return U, s.half().double(), V
 
 
 def quantize_components(delta: Tensor, gram: Tensor, widths: Mapping[int, int], *,
-                        correction: bool, by_class: bool = False) -> Reconstruction:
+                        correction: bool, by_class: bool = False,
+                        factors: Factors | None = None) -> Reconstruction:
     """V by GPTQ on its rows, then U, or Ũ, by GPTQ on its columns (paper Algorithm 1).
 
     Args:
@@ -50,10 +54,11 @@ def quantize_components(delta: Tensor, gram: Tensor, widths: Mapping[int, int], 
         widths: component -> bits; those left out are not stored.
         correction: Target Correction for Consistency first (paper eq. 8).
         by_class: U's components of each width on their own, as Delta-CoMe goes about it.
+        factors: ΔW's `plain_svd`, where the caller has it.
     """
     if not widths:
         return Reconstruction(torch.zeros_like(delta), 0)
-    U, s, V = plain_svd(delta)
+    U, s, V = factors or plain_svd(delta)
     kept = sorted(widths, key=lambda component: (-widths[component], component))
     bits, gram = torch.tensor([widths[component] for component in kept]), gram.double()
     A = s[kept, None] * gptq(V[kept], gram, bits[:, None]).double()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from answers import block_linears
+from method_processes import processes
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -154,25 +155,31 @@ class Compression:
                             8 * sum(one.nbytes for one in packed.values()), start)
 
     def by_method(self, method: Callable[..., object], ratio: float, *, one_size: bool) -> Result:
-        """The blocks by one of `methods/`.
+        """The blocks by one of `methods/`, or another that `method_processes` can call.
 
         Raises:
             NoSuchSize: a matrix has none so small.
         """
         frame, grams = self.compressed("adamix", ratio), self.grams
+        pool = processes()
+        pool.prepare(method)
         start = time.perf_counter()
 
         def one(name: str) -> object:
             budget = ANY_SIZE if one_size else frame.budget_bits(f"{name}.weight")
-            result = method(self.deltas[name], grams[name], budget)
+            result = pool.call(method, self.deltas[name], grams[name], budget)
             if result is None:
                 raise NoSuchSize(f"has no size so small for {name}")
             if result.bits > budget:
                 raise RuntimeError(f"{result.bits} bits of {budget} for {name}")
             return result
 
-        with workers() as executor:
-            results = dict(zip(self.deltas, executor.map(one, self.deltas), strict=True))
+        # The largest first: none of them is then left over for a single core at the end.
+        largest = sorted(self.deltas, reverse=True, key=lambda name: (
+            self.deltas[name].numel() * self.deltas[name].shape[1]))
+        with workers(len(pool)) as executor:
+            begun = {name: executor.submit(one, name) for name in largest}
+            results = {name: begun[name].result() for name in self.deltas}
         return self._result(frame, {name: result.dense for name, result in results.items()},
                             sum(result.bits for result in results.values()), start)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import paper_tables
@@ -40,7 +41,7 @@ from paper_measures import (
     group_of,
     kind_of,
     model_errors,
-    ours_with,
+    ours,
     stage_seconds,
 )
 from paper_rows import ComponentRow, ErrorRow, PlanRow, StageRow
@@ -78,27 +79,22 @@ def runs(args: argparse.Namespace, solve: Solve) -> Iterator[Run]:
     """Of the parts `widths` and `errors`; `solve` solves integer programs without a limit."""
     widths, errors = "widths" in args.parts, "errors" in args.parts
     few = with_solver(solve)
+    published = partial(adamix_published.corrected, solve=few)
     if widths:
-        yield from (Run(f"{OURS}, f_max {most or NONE}", ours_with(most, few), scored=True)
+        yield from (Run(f"{OURS}, f_max {most or NONE}",
+                        partial(ours, max_widths=most, solve=few), scored=True)
                     for most in args.widths)
-        yield from (Run(f"{PUBLISHED}, f_max {most or NONE}", published_with(most, few),
-                        scored=True)
+        yield from (Run(f"{PUBLISHED}, f_max {most or NONE}",
+                        partial(published, max_widths=most), scored=True)
                     for most in args.published_widths if most != PUBLISHED_WIDTHS)
     for name in COMPARED:
         scored = widths and (name == "Delta-CoMe"
                              or name == PUBLISHED and PUBLISHED_WIDTHS in args.published_widths)
         if not (scored or errors):
             continue
-        own = {OURS: None, PUBLISHED: published_with(PUBLISHED_WIDTHS, few)}
+        own = {OURS: None, PUBLISHED: partial(published, max_widths=PUBLISHED_WIDTHS)}
         compress = own[name] if name in own else (METHODS | FIXED)[name]
         yield Run(name, compress, name in FIXED, scored, errors)
-
-
-def published_with(max_widths: int | None, solve: Solve) -> Callable[..., object]:
-    def compress(delta: Tensor, gram: Tensor, budget_bits: int) -> object:
-        return adamix_published.corrected(delta, gram, budget_bits, max_widths=max_widths,
-                                          solve=solve)
-    return compress
 
 
 class Paper(Bench):
@@ -154,31 +150,30 @@ class Paper(Bench):
 
     def _methods(self, start: AccuracyRow, compression: Compression, questions: Questions,
                  reference: torch.nn.Module) -> None:
-        with self._solver() as solve:
-            for run in runs(self.args, solve):
-                row = replace(start, method=run.name)
-                if run.scored and self.lacks(row) and row.key in self.known:
-                    self.done.add(row.key)
-                    append_row(self.args.csv, self.known[row.key])
-                score = run.scored and self.lacks(row)
-                by_layer = run.by_layer and any(map(self.lacks, self._expected(row, reference)))
-                if not (score or by_layer):
-                    continue
-                try:
-                    result = self._restored(run, compression)
-                except (NoSuchSize, BudgetError) as error:
-                    self.write(replace(row, note=str(error)))
-                    continue
-                if by_layer:
-                    self._errors(row, compression, result)
-                if score:
-                    row = replace(row, bytes=result.bytes, error=result.error,
-                                  error_held_out=result.error_held_out, seconds=result.seconds)
-                    self.write(questions.score(row, result.model, reference))
-                self.say(f"{start.family} {run.name}: error {result.error:.4f}, compressed in "
-                         f"{result.seconds:.1f} s")
-                del result
-                gc.collect()
+        for run in runs(self.args, allocate):  # in by_method's processes
+            row = replace(start, method=run.name)
+            if run.scored and self.lacks(row) and row.key in self.known:
+                self.done.add(row.key)
+                append_row(self.args.csv, self.known[row.key])
+            score = run.scored and self.lacks(row)
+            by_layer = run.by_layer and any(map(self.lacks, self._expected(row, reference)))
+            if not (score or by_layer):
+                continue
+            try:
+                result = self._restored(run, compression)
+            except (NoSuchSize, BudgetError) as error:
+                self.write(replace(row, note=str(error)))
+                continue
+            if by_layer:
+                self._errors(row, compression, result)
+            if score:
+                row = replace(row, bytes=result.bytes, error=result.error,
+                              error_held_out=result.error_held_out, seconds=result.seconds)
+                self.write(questions.score(row, result.model, reference))
+            self.say(f"{start.family} {run.name}: error {result.error:.4f}, compressed in "
+                     f"{result.seconds:.1f} s")
+            del result
+            gc.collect()
 
     def _restored(self, run: Run, compression: Compression) -> Result:
         if run.compress is None:
@@ -256,8 +251,8 @@ class Paper(Bench):
 
     @contextmanager
     def _solver(self) -> Iterator[Solve]:
-        """Integer programs in processes of their own: what prepares one holds the interpreter's
-        lock."""
+        """Integer programs of `--data` in processes of their own: its matrices are in threads, and
+        what prepares a program holds the interpreter's lock."""
         count = available_cores() if self.args.solvers is None else self.args.solvers
         with solvers(count) if count > 1 else nullcontext() as pool:
             yield pool.allocate if pool else allocate
@@ -330,7 +325,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096,
                         help="of the calibration's, for errors of outputs; all at a time")
     parser.add_argument("--timed-layers", type=int, default=3)
-    parser.add_argument("--solvers", type=int, help="processes; default: a core each")
+    parser.add_argument("--solvers", type=int, help="processes, for --data; default: a core each")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="begin nothing after these")

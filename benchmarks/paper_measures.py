@@ -121,18 +121,17 @@ def by_group(errors: Mapping[str, OutputErrors], layers: int
 # --- this project's method with few widths (Table 6) -------------------------------------------
 
 
-def ours_with(max_widths: int | None, solve: Solve) -> Callable[..., Reconstruction | None]:
+def ours(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None, solve: Solve
+         ) -> Reconstruction | None:
     """A method as those of `methods/`, its integer programs solved by `solve`."""
-    def compress(delta: Tensor, gram: Tensor, budget_bits: int) -> Reconstruction | None:
-        config = adamix.Config(max_widths=max_widths)
-        try:
-            found = matrix.quantize_matrix(delta, hessian(gram, config.damping), config,
-                                           budget_bits=budget_bits - 8 * COUNTS_BYTES, solve=solve)
-        except BudgetError:
-            return None
-        packed = pack(found.delta)
-        return Reconstruction(packed.dequantize(), 8 * packed.nbytes, packed.rank)
-    return compress
+    config = adamix.Config(max_widths=max_widths)
+    try:
+        found = matrix.quantize_matrix(delta, hessian(gram, config.damping), config,
+                                       budget_bits=budget_bits - 8 * COUNTS_BYTES, solve=solve)
+    except BudgetError:
+        return None
+    packed = pack(found.delta)
+    return Reconstruction(packed.dequantize(), 8 * packed.nbytes, packed.rank)
 
 
 # --- seconds by stage (Table 9) ----------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from halved_method import failing, halved, none_so_small, too_large
 from tiny_models import HIDDEN, KV_HEADS, LAYERS, MLP, checkpoint_tensors, make_pair
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -242,12 +243,6 @@ def test_the_rank_of_a_ratio_by_hand():
 # --- accuracy ----------------------------------------------------------------------------------
 
 
-def halved(delta, gram, budget_bits):
-    """A method for the tests: half of ΔW, in all the bits that it may take."""
-    assert gram.shape == (delta.shape[1],) * 2 and budget_bits > 0
-    return types.SimpleNamespace(dense=delta / 2, bits=budget_bits)
-
-
 @pytest.fixture(scope="module")
 def csv(base, trained):
     path = base.parent / "accuracy.csv"
@@ -277,12 +272,41 @@ def test_a_pair_gives_a_row_for_each_method_and_for_both_ends_once(csv, trained)
     assert 0 < ours.error < 0.2 and ours.kl_text < before.kl_text
 
 
-def test_the_budget_of_the_blocks_is_their_share(base, trained, tmp_path):
+@pytest.fixture(scope="module")
+def compression(base, trained, tmp_path_factory):
     load = AutoModelForCausalLM.from_pretrained
     config = models.adamix.Config(calibration_sequences=8, calibration_length=32)
-    compression = models.Compression(base, trained, load(base, dtype=torch.float32),
-                                     load(trained, dtype=torch.float32), config, tmp_path,
-                                     [torch.arange(1, 40)])
+    return models.Compression(base, trained, load(base, dtype=torch.float32),
+                              load(trained, dtype=torch.float32), config,
+                              tmp_path_factory.mktemp("deltas"), [torch.arange(1, 40)])
+
+
+@pytest.mark.parametrize("name", ["this project", "Delta-CoMe", "BitDelta"])
+def test_processes_give_the_bits_of_direct_calls(compression, base, name):
+    fit, fixed = bench.other_methods()
+    method, made = (fit | fixed)[name], compression.compressed("adamix", 3)
+    result = compression.by_method(method, 3, one_size=name in fixed)
+    before = answers.block_linears(compression.base_model)
+    for layer, restored in answers.block_linears(result.model).items():
+        budget = 2**62 if name in fixed else made.budget_bits(f"{layer}.weight")
+        direct = method(compression.deltas[layer], compression.grams[layer], budget).dense
+        assert torch.equal(restored.weight, before[layer].weight + direct)
+
+
+def test_errors_of_methods_are_raised_here(compression):
+    def by(method):
+        compression.by_method(method, 3, one_size=False)
+    first = next(iter(compression.deltas))
+    with pytest.raises(models.NoSuchSize, match=f"no size so small for {first}"):
+        by(none_so_small)
+    with pytest.raises(RuntimeError, match=f"bits of .* for {first}"):
+        by(too_large)
+    with pytest.raises(KeyError, match="no such thing"):
+        by(failing)
+    by(halved)  # the processes go on
+
+
+def test_the_budget_of_the_blocks_is_their_share(base, compression):
     made = compression.compressed("adamix", 3)
     shapes = {name: one.shape for name, one in made.delta.matrices.items()}
     assert len(compression.deltas) == 7 * LAYERS == len(shapes) - 2

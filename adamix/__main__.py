@@ -124,6 +124,9 @@ def compress(
     widths: Widths = None,
     max_widths: Annotated[int | None, typer.Option(
         help="Different widths in one matrix at most, 0 bits counted.")] = None,
+    separate_widths: Annotated[bool | None, typer.Option(
+        "--separate-widths/--no-separate-widths",
+        help="A width each for the two lanes of a component, or one for both.")] = None,
     decomposition: Annotated[Decomposition | None, typer.Option(
         help="SVD of the output's change, or of the plain difference.")] = None,
     objective: Annotated[Objective | None, typer.Option(
@@ -151,9 +154,9 @@ def compress(
     config = configuration(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
         calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
-        decomposition=decomposition, objective=objective, correction=correction, solver=solver,
-        allocate=allocate, damping=damping, svd_damping=svd_damping, unbiased=unbiased,
-        embeddings=embeddings, vision=vision)
+        separate_widths=separate_widths, decomposition=decomposition, objective=objective,
+        correction=correction, solver=solver, allocate=allocate, damping=damping,
+        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision)
     _quiet()
     from adamix.pipeline import compress as run
 

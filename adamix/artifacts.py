@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -62,6 +63,11 @@ class Factors:
             raise ValueError(f"U, s and V must agree in rank, got {ranks}")
 
 
+def levels(codes: Tensor, bits: Tensor) -> Tensor:
+    """The odd integers 2 q − (2^b − 1) of codes `[lanes, n]`, a lane of `bits` `[lanes]`; fp64."""
+    return 2.0 * codes.double() - (2.0 ** bits.double() - 1.0)[:, None]
+
+
 @dataclass(frozen=True)
 class Lanes:
     """Rows of V̂ or columns of Û as codes: lane i is `scales[i] * (2 q − (2^bits[i] − 1))`."""
@@ -72,7 +78,7 @@ class Lanes:
 
     def levels(self) -> Tensor:
         """The odd integers that the codes stand for, `[lanes, n]` fp64."""
-        return 2.0 * self.codes.double() - (2.0 ** self.bits.double() - 1.0)[:, None]
+        return levels(self.codes, self.bits)
 
     def dequantize(self) -> Tensor:
         """`[lanes, n]` fp64."""
@@ -85,22 +91,22 @@ class Lanes:
 
 @dataclass(frozen=True)
 class QuantizedDelta:
-    """Δ̂ = Û_int · diag(scales) · V̂_int, components by width descending, then by index."""
+    """Δ̂ = Û_int · diag(scales) · V̂_int, components by widths descending, then by index."""
 
     U_codes: Tensor  # [rank, out] uint8, one lane a column of Û
     V_codes: Tensor  # [rank, in] uint8
-    bits: Tensor  # [rank] int32, descending
+    u_bits: Tensor  # [rank] int32, descending
+    v_bits: Tensor  # [rank] int32, descending
     scales: Tensor  # [rank] fp32; the scales of U and V and the singular value in one number
 
     @property
     def rank(self) -> int:
-        return self.bits.shape[0]
+        return self.scales.shape[0]
 
     def dequantize(self) -> Tensor:
         """Δ̂ `[out, in]` fp32."""
-        odd = (2.0 ** self.bits.double() - 1.0)[:, None]
-        U = (2.0 * self.U_codes.double() - odd) * self.scales.double()[:, None]
-        return (U.T @ (2.0 * self.V_codes.double() - odd)).float()
+        U = levels(self.U_codes, self.u_bits) * self.scales.double()[:, None]
+        return (U.T @ levels(self.V_codes, self.v_bits)).float()
 
 
 @dataclass(frozen=True)
@@ -110,37 +116,52 @@ class PackedDelta:
 
     words: Tensor  # [words] int32: the rows of V̂, then the columns of Û
     scales: Tensor  # [rank] fp32
-    counts: tuple[int, ...]  # components at width 8, 7, .., 1
+    v_counts: tuple[int, ...]  # rows of V̂ at width 8, 7, .., 1
+    u_counts: tuple[int, ...]  # columns of Û at width 8, 7, .., 1
     shape: tuple[int, int]  # (out, in)
 
     def __post_init__(self) -> None:
         out_features, in_features = self.shape
-        expected = ops.v_words(in_features, self.counts) + ops.u_words(out_features, self.counts)
-        if self.words.shape != (expected,) or self.scales.shape != (sum(self.counts),):
+        if sum(self.v_counts) != sum(self.u_counts):
+            raise ValueError(f"a delta has as many rows of V as columns of U, got {self.v_counts} "
+                             f"and {self.u_counts} at 8..1 bits")
+        expected = (ops.v_words(in_features, self.v_counts)
+                    + ops.u_words(out_features, self.u_counts))
+        if self.words.shape != (expected,) or self.scales.shape != (self.rank,):
             raise ValueError(
-                f"a {out_features} x {in_features} delta with {self.counts} components at 8..1 "
-                f"bits has {expected} words and {sum(self.counts)} scales, got "
-                f"{tuple(self.words.shape)} and {tuple(self.scales.shape)}"
+                f"a {out_features} x {in_features} delta with {self.v_counts} rows of V and "
+                f"{self.u_counts} columns of U at 8..1 bits has {expected} words and {self.rank} "
+                f"scales, got {tuple(self.words.shape)} and {tuple(self.scales.shape)}"
             )
 
     def to(self, device: torch.device | str) -> PackedDelta:
         """The delta on a device."""
-        return PackedDelta(self.words.to(device), self.scales.to(device), self.counts, self.shape)
+        return replace(self, words=self.words.to(device), scales=self.scales.to(device))
 
     @property
     def rank(self) -> int:
         """How many components are kept."""
-        return sum(self.counts)
+        return sum(self.v_counts)
 
     @property
-    def widths(self) -> dict[int, int]:
-        """{bits: components}, widths in use only."""
-        return {ops.MAX_BITS - k: n for k, n in enumerate(self.counts) if n}
+    def v_widths(self) -> dict[int, int]:
+        """{bits: rows of V̂}, widths in use only."""
+        return _in_use(self.v_counts)
+
+    @property
+    def u_widths(self) -> dict[int, int]:
+        """{bits: columns of Û}, widths in use only."""
+        return _in_use(self.u_counts)
+
+    @property
+    def widths(self) -> dict[tuple[int, int], int]:
+        """{(bits of its row of V̂, of its column of Û): components}, widest first."""
+        return dict(Counter(zip(_each(self.v_counts), _each(self.u_counts), strict=True)))
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk: words, scales, and the table row that holds the counts."""
-        return 4 * (self.words.numel() + self.scales.numel() + len(self.counts))
+        return 4 * (self.words.numel() + self.scales.numel() + 2 * ops.MAX_BITS)
 
     @property
     def bits_per_weight(self) -> float:
@@ -150,13 +171,25 @@ class PackedDelta:
     def dequantize(self) -> Tensor:
         """Δ̂ `[out, in]` fp32."""
         out_features, in_features = self.shape
-        v_words = ops.v_words(in_features, self.counts)
-        V_codes = unpack_factor(self.words[:v_words], self.counts, in_features)
-        U_codes = unpack_factor(self.words[v_words:], self.counts, out_features)
-        widths = [bits for bits, count in self.widths.items() for _ in range(count)]
-        odd = 2.0 ** torch.tensor(widths, device=self.words.device)[:, None] - 1.0
-        U, V = 2.0 * U_codes - odd, 2.0 * V_codes - odd
+        v_words = ops.v_words(in_features, self.v_counts)
+        V = _unpacked(self.words[:v_words], self.v_counts, in_features)
+        U = _unpacked(self.words[v_words:], self.u_counts, out_features)
         return (U * self.scales[:, None]).T @ V
+
+
+def _in_use(counts: tuple[int, ...]) -> dict[int, int]:
+    return {ops.MAX_BITS - k: n for k, n in enumerate(counts) if n}
+
+
+def _each(counts: tuple[int, ...]) -> list[int]:
+    """The width of every lane."""
+    return [bits for bits, count in _in_use(counts).items() for _ in range(count)]
+
+
+def _unpacked(words: Tensor, counts: tuple[int, ...], n: int) -> Tensor:
+    """A factor's levels `[rank, n]` fp32."""
+    widths = torch.tensor(_each(counts), dtype=torch.float32, device=words.device)
+    return 2.0 * unpack_factor(words, counts, n) - (2.0**widths - 1.0)[:, None]
 
 
 @dataclass(frozen=True)

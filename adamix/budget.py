@@ -13,7 +13,7 @@ from adamix.naming import group_by_kind
 from adamix.source.targets import Survey, Target, Treatment
 from adamix.storage.file import header_bytes, manifest_text
 
-COUNTS_BYTES = 4 * ops.MAX_BITS  # the table row of a matrix
+COUNTS_BYTES = 4 * 2 * ops.MAX_BITS  # the table row of a matrix
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _shapes(matrices: list[Target], others: list[Target], grown: list[Target], t
     shapes: dict[str, tuple[int, ...]] = {}
     for kind, names in group_by_kind({t.name: t.shape for t in matrices}).items():
         shapes |= {f"{kind}.words": (total,), f"{kind}.scales": (total,),
-                   f"{kind}.counts": (len(names), ops.MAX_BITS)}
+                   f"{kind}.counts": (len(names), 2 * ops.MAX_BITS)}
     by_name = {t.name: t for t in others}
     for kind, names in group_by_kind({t.name: (t.shape, t.dtype) for t in others}).items():
         shapes[f"whole:{kind}"] = (len(names), *by_name[names[0]].shape)

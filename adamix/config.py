@@ -22,8 +22,11 @@ class Config:
         ratio: 16-bit bytes of the tensors that differ, divided by the bytes of the delta file.
         bits_per_weight: the same as bits for each weight of a compressed matrix, scales counted.
         bit_widths: widths that a component may get besides 0, each in 1..8 (paper section 3.2, Q).
+        separate_widths: the row of V and the column of U of a component have a width each, and a
+            bit goes where it lowers the error most: the shorter of the two is cheaper. `objective`
+            "v" says nothing of U: there both have the same.
         max_widths: at most this many widths in use in one matrix, 0 bits counted (the paper's
-            f_max); None for no limit.
+            f_max); None for no limit. With separate widths, pairs of them.
         decomposition: "output-aware" takes the SVD of ΔW L with H = L Lᵀ, "plain" that of ΔW.
         objective: "v+u" predicts the error of both factors, "v" that of V alone (paper eq. 5).
         correction: Target Correction for Consistency (paper eq. 8) before U is quantized.
@@ -34,7 +37,8 @@ class Config:
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
         svd_damping: what the output-aware SVD adds to that λ: its components then hold for inputs
             that the calibration lacks too, at no more error on those that it has.
-        solver: the integer program's solver, "highs" or "cbc".
+        solver: the integer program's solver, "highs" or "cbc". Those of separate widths
+            are solved by dynamic programming, and by it only where tables would be too large.
         allocate: "matrix" gives every matrix the same bits a weight (as the paper does), "model"
             spends one budget where it lowers the summed output error most.
         embeddings: compress the embedding and `lm_head`; False stores them whole.
@@ -51,6 +55,7 @@ class Config:
     ratio: float | None = None
     bits_per_weight: float | None = None
     bit_widths: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)
+    separate_widths: bool = True
     max_widths: int | None = None
     decomposition: Literal["output-aware", "plain"] = "output-aware"
     objective: Literal["v+u", "v"] = "v+u"
@@ -111,8 +116,8 @@ class Config:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         config = cls()
         if name == "paper":
-            config = cls(decomposition="plain", objective="v", max_widths=4, passes=1,
-                         svd_damping=0.0, damping=0.01, unbiased=False)
+            config = cls(decomposition="plain", objective="v", separate_widths=False, max_widths=4,
+                         passes=1, svd_damping=0.0, damping=0.01, unbiased=False)
         if changes.get("bits_per_weight") is not None:
             changes.setdefault("ratio", None)
         return dataclasses.replace(config, **changes)  # type: ignore[arg-type]

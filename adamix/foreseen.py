@@ -69,7 +69,7 @@ class Foreseen:
             words = sum(planned_bits(*arg) for arg in args) // 32 - rank
             tensors |= {f"{kind}.words": (torch.int32, (words,)),
                         f"{kind}.scales": (torch.float32, (rank,)),
-                        f"{kind}.counts": (torch.int32, (len(names), ops.MAX_BITS))}
+                        f"{kind}.counts": (torch.int32, (len(names), 2 * ops.MAX_BITS))}
         whole = {t.name: (t.shape, t.dtype) for t in self.found.of(Treatment.WHOLE)}
         for kind, names in group_by_kind(whole).items():
             shape, dtype = whole[names[0]]

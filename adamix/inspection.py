@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class KindRow:
     kind: str  # "model.layers.*.mlp.up_proj.weight"
     tensors: int
     shape: tuple[int, int]  # of the first
-    widths: dict[int, int]  # {bits: components}, over the kind
+    v_widths: dict[int, int]  # {bits: rows of V}, over the kind
+    u_widths: dict[int, int]  # {bits: columns of U}
     mean_rank: float
     bytes: int
     bits_per_weight: float
@@ -112,17 +114,17 @@ def _row(kind: str, names: list[str], delta: ModelDelta, errors: dict[str, float
     packed = [delta.matrices[name] for name in names]
     found = [errors[name] for name in names if name in errors]
     size = sum(p.nbytes for p in packed)
-    return KindRow(kind, len(names), packed[0].shape, count_widths(packed),
-                   sum(p.rank for p in packed) / len(packed), size,
-                   8 * size / sum(map(_weights, packed)), _mean(found), max(found, default=None))
+    return KindRow(kind, len(names), packed[0].shape, _add_up(p.v_widths for p in packed),
+                   _add_up(p.u_widths for p in packed), sum(p.rank for p in packed) / len(packed),
+                   size, 8 * size / sum(map(_weights, packed)), _mean(found),
+                   max(found, default=None))
 
 
-def count_widths(matrices: Sequence[PackedDelta]) -> dict[int, int]:
-    """{bits: components} over several matrices, widest first."""
-    counts: dict[int, int] = {}
-    for packed in matrices:
-        for bits, count in packed.widths.items():
-            counts[bits] = counts.get(bits, 0) + count
+def _add_up(matrices: Iterable[dict[int, int]]) -> dict[int, int]:
+    """{bits: lanes} over several matrices, widest first."""
+    counts: Counter[int] = Counter()
+    for widths in matrices:
+        counts.update(widths)
     return dict(sorted(counts.items(), reverse=True))
 
 

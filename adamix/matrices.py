@@ -22,6 +22,7 @@ from adamix.compression.allocate import allocate
 from adamix.compression.error import output_error, relative_error
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import quantize_matrix
+from adamix.compression.pairs import sets_of_pairs, union
 from adamix.compression.share import SPREAD, energies, share_out
 from adamix.config import Config
 from adamix.costs import group_cost
@@ -96,7 +97,7 @@ class MatrixRun:
             shapes = {target.name: target.shape for target in self._targets}
             shares = self.ranks.main(lambda: share_out(
                 {name: spectra[name] for name in sorted(spectra)}, shapes, self.budget_bits,
-                self.config.bit_widths))
+                union(sets_of_pairs(self.config))))
         return replace(self, budget_bits=shares)
 
     def _each(self, tokens: Tensor, title: str, one: Work, done: dict[str, Result]) -> None:

@@ -46,7 +46,8 @@ def matrix_bytes(shape: tuple[int, int], budget_bits: int, config: Config) -> in
     doubles = 8 * 3 * weights  # ΔW, weighted by rows, and one product of it
     decompose = doubles + 8 * 5 * min(out, n) ** 2
     columns = 12 * candidates * out + 24 * max(AT_A_TIME["cpu"], len(config.bit_widths) * out)
-    # GPTQ on all rows; then their codes beside one width's error, or beside columns of U.
+    # GPTQ on all rows; then their codes beside one width's error, or beside columns of U. What the
+    # allocation takes after that, at most 64 MiB, is less.
     simulate = doubles + max(18 * n * lanes, n * (lanes + 40 * candidates),
                              10 * n * lanes + columns)
     error = 8 * 3 * weights + 8 * n * n

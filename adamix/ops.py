@@ -28,7 +28,8 @@ try:
         MAX_BITS,
         PANEL_CODES,
         TABLE_COLUMNS,
-        TABLE_FIRST_COUNT,
+        TABLE_FIRST_U_COUNT,
+        TABLE_FIRST_V_COUNT,
         TABLE_SCALE_OFFSET,
         TABLE_U_OFFSET,
         TABLE_V_OFFSET,
@@ -53,7 +54,8 @@ __all__ = [
     "MAX_BITS",
     "PANEL_CODES",
     "TABLE_COLUMNS",
-    "TABLE_FIRST_COUNT",
+    "TABLE_FIRST_U_COUNT",
+    "TABLE_FIRST_V_COUNT",
     "TABLE_SCALE_OFFSET",
     "TABLE_U_OFFSET",
     "TABLE_V_OFFSET",
@@ -133,9 +135,9 @@ def delta_gemm(
     Returns ``[..., out_features]`` of x's dtype: fp32 accumulation, one rounding.
 
     ``max_rank``: the most components that a slot in use has; it bounds the scratch memory on a
-    device. None: the larger of in and out. On the CPU a slot in use that has more, or that points
-    out of the arena, raises. CUDA kernels cannot look: there a slot that has more counts as empty,
-    and one that points out of the arena reads what it should not.
+    device. None: the larger of in and out. On the CPU a slot in use that has more, or other counts
+    of V than of U, or that points out of the arena, raises. CUDA kernels cannot look: there a slot
+    of wrong counts is empty, and one that points out of the arena reads what it should not.
 
     CUDA: at most 65536 inputs, as many components a slot, 524288 outputs. Up to 128 tokens, and for
     fp32 x always, x and z = scale · V_level · x are rounded to 2^-23 of their largest element and

@@ -1,7 +1,7 @@
 """Codes of a factor <-> its words, panel by panel, as drawn in `csrc/layout/packed_layout.h`.
 
-A factor is V, with a lane a row, or U, with a lane a column; `counts` are the components at 8, 7,
-.. 1 bits. Every full panel is of one shape, so all of them are packed at once, a width at a time;
+A factor is V, with a lane a row, or U, with a lane a column; `counts` are its lanes at 8, 7, .. 1
+bits. Every full panel is of one shape, so all of them are packed at once, a width at a time;
 the narrower last one follows.
 """
 
@@ -16,7 +16,7 @@ from adamix import ops
 
 
 def pack_factor(codes: Tensor, counts: Sequence[int]) -> Tensor:
-    """Codes uint8 ``[components, n]``, by width descending -> words int32 ``[words]``."""
+    """Codes uint8 ``[lanes, n]``, by width descending -> words int32 ``[words]``."""
     parts = [torch.empty(0, dtype=torch.int32, device=codes.device)]
     for first, end, panels in _runs(codes.shape[1]):
         widths = [
@@ -29,7 +29,7 @@ def pack_factor(codes: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def unpack_factor(words: Tensor, counts: Sequence[int], n: int) -> Tensor:
-    """The inverse: words int32 ``[words]`` -> codes uint8 ``[components, n]``."""
+    """The inverse: words int32 ``[words]`` -> codes uint8 ``[lanes, n]``."""
     codes = torch.empty(sum(counts), n, dtype=torch.uint8, device=words.device)
     begin = 0
     for first, end, panels in _runs(n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,18 +73,21 @@ def default_matrix(names: Sequence[str]) -> str:
 
 
 def width_bytes(packed: PackedDelta) -> dict[int, int]:
-    """{bits: bytes of the components at that width}, words and scales."""
-    sizes = {}
-    for bits, count in packed.widths.items():
-        words = sum(ops.lane_words(n, bits) for n in packed.shape)
-        sizes[bits] = 4 * count * (words + 1)
-    return sizes
+    """{bits: bytes of the lanes at that width}, V's and U's; a scale goes with its row of V."""
+    out_features, in_features = packed.shape
+    sizes: Counter[int] = Counter()
+    for bits, count in packed.v_widths.items():
+        sizes[bits] += 4 * count * (ops.lane_words(in_features, bits) + 1)
+    for bits, count in packed.u_widths.items():
+        sizes[bits] += 4 * count * ops.lane_words(out_features, bits)
+    return dict(sizes)
 
 
 def allocation_figure(delta: ModelDelta) -> Figure:
     """One panel a weight type: the bytes that each layer spends at each width."""
     panels = _panels(delta)
-    widths = sorted({b for packed in delta.matrices.values() for b in packed.widths}, reverse=True)
+    widths = sorted({b for packed in delta.matrices.values() for b in width_bytes(packed)},
+                    reverse=True)
     columns = min(3, max(len(panels), 1))
     rows = max(math.ceil(len(panels) / columns), 1)
     height = 2.0 + 1.85 * rows
@@ -97,9 +101,9 @@ def allocation_figure(delta: ModelDelta) -> Figure:
                            wspace=0.24, hspace=0.62)
     _headline(figure, height, "Where the bits go", [
         "Each fine-tuned weight is base + U·diag(s)·V. A component (one column of U with one row "
-        "of V) with a large singular value s",
-        "gets more bits, a small one few or none: an integer program picks the widths so that the "
-        "output error is least for the bytes."])
+        "of V, a width each) with a large singular",
+        "value s gets more bits, a small one few or none: an integer program picks the widths so "
+        "that the output error is least for the bytes."])
     handles = [Patch(facecolor=width_colour(b), edgecolor="white", label=f"{b} bit{'s' * (b > 1)}")
                for b in widths]
     figure.legend(handles=handles, loc="upper left", ncols=max(len(widths), 1), frameon=False,
@@ -132,7 +136,7 @@ def _title(kind: str) -> str:
 
 def _draw_panel(axis: Axes, title: str, layers: dict[int | None, dict[int, int]],
                 widths: list[int]) -> None:
-    """Stacked bars, the widest components at the bottom."""
+    """Stacked bars, the widest lanes at the bottom."""
     most = max((sum(sizes.values()) for sizes in layers.values()), default=0)
     unit, scale = ("MiB", 2**20) if most >= 2**20 else ("KiB", 2**10)
     positions = [0 if layer is None else layer for layer in layers]

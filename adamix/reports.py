@@ -14,7 +14,7 @@ from adamix.errors import ResumeError
 if TYPE_CHECKING:
     from adamix.estimation import Estimate
     from adamix.evaluation import Evaluation
-    from adamix.inspection import Inspection
+    from adamix.inspection import Inspection, KindRow
     from adamix.pipeline import Summary
     from adamix.storage.log import MatrixRow
 
@@ -132,10 +132,7 @@ def show_inspection(found: Inspection) -> None:
                  percent(found.mean_error), percent(found.worst_error)])
     display.show_table(["compressed", "tensors", "shape", "rank", "bytes", "bits/weight", "error",
                         "worst"], rows, last_is_total=True)
-    widths = sorted({bits for row in found.kinds for bits in row.widths}, reverse=True)
-    display.show_table(["components at", *(f"{bits} bit" for bits in widths)],
-                       [[name, *(str(row.widths.get(bits, 0)) for bits in widths)]
-                        for name, row in zip(names, found.kinds, strict=True)])
+    _show_widths(dict(zip(names, found.kinds, strict=True)))
     display.show_facts([
         ("whole", f"{len(found.whole)} tensors, {size(found.bytes_whole)}"),
         ("extra rows", f"{sum(found.extra_rows.values())} in {len(found.extra_rows)} tensors, "
@@ -145,6 +142,17 @@ def show_inspection(found: Inspection) -> None:
         ("headers, config", size(found.bytes_overhead)),
         ("total", f"{size(found.bytes)} ({found.bytes} bytes)"),
         ("beside it", f"{size(found.bytes_beside)} of logs and copies")])
+
+
+def _show_widths(kinds: dict[str, KindRow]) -> None:
+    """Of each kind two rows: V's rows at each width, U's columns at each width."""
+    widths = sorted({b for row in kinds.values() for b in (*row.v_widths, *row.u_widths)},
+                    reverse=True)
+    rows = []
+    for name, row in kinds.items():
+        for factor, counts in ((f"{name}, V", row.v_widths), (f"{name}, U", row.u_widths)):
+            rows.append([factor, *(str(counts.get(bits, 0)) for bits in widths)])
+    display.show_table(["rows of V, columns of U at", *(f"{bits} bit" for bits in widths)], rows)
 
 
 def _brief(value: object) -> str:

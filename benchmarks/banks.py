@@ -1,7 +1,7 @@
 """Cases of delta_gemm and banks of random deltas as a real allocation has them.
 
 Every bit pattern is a valid code, so an arena of random words is a valid bank: only the numbers
-of components of each width and the scales need care.
+of lanes of each width, here the same in V and U, and the scales need care.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def mean_rank(in_features: int, out_features: int, bits: float = 1.0) -> int:
 
 def draw_counts(rng: np.random.Generator, in_features: int, out_features: int,
                 bits: float = 1.0) -> list[int]:
-    """Components of each width, 8 .. 1: widths drawn by their shares until the budget is spent."""
+    """Rows of V, as columns of U, at each width, 8 .. 1: widths drawn by their shares until the
+    budget is spent."""
     widths = np.array(list(WIDTH_SHARES))
     most = 2 * mean_rank(in_features, out_features, bits) + 100
     drawn = rng.choice(widths, size=most, p=list(WIDTH_SHARES.values()))
@@ -88,7 +89,7 @@ def draw_counts(rng: np.random.Generator, in_features: int, out_features: int,
 
 
 def lane_widths(counts: list[int]) -> np.ndarray:
-    """The width of each component, widest first."""
+    """The width of each lane, widest first."""
     return np.repeat(np.arange(ops.MAX_BITS, 0, -1), counts)
 
 
@@ -98,13 +99,18 @@ class Slot:
 
     in_features: int
     out_features: int
-    counts: tuple[int, ...]
+    v_counts: tuple[int, ...]
+    u_counts: tuple[int, ...]
     begin: int
+
+    @property
+    def rank(self) -> int:
+        return sum(self.v_counts)
 
     @cached_property
     def sizes(self) -> tuple[int, int, int]:
-        return (ops.v_words(self.in_features, self.counts),
-                ops.u_words(self.out_features, self.counts), sum(self.counts))
+        return (ops.v_words(self.in_features, self.v_counts),
+                ops.u_words(self.out_features, self.u_counts), self.rank)
 
     @cached_property
     def offsets(self) -> tuple[int, int, int]:
@@ -122,11 +128,12 @@ class Slot:
         for column, offset in zip((ops.TABLE_V_OFFSET, ops.TABLE_U_OFFSET,
                                    ops.TABLE_SCALE_OFFSET), self.offsets, strict=True):
             row[column] = offset
-        row[ops.TABLE_FIRST_COUNT:] = self.counts
+        row[ops.TABLE_FIRST_V_COUNT : ops.TABLE_FIRST_U_COUNT] = self.v_counts
+        row[ops.TABLE_FIRST_U_COUNT :] = self.u_counts
         return row
 
     def flops(self, tokens: int) -> int:
-        return 2 * sum(self.counts) * (self.in_features + self.out_features) * tokens
+        return 2 * self.rank * (self.in_features + self.out_features) * tokens
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Bank:
 
     @property
     def max_rank(self) -> int:
-        return max(sum(slot.counts) for slot in self.every)
+        return max(slot.rank for slot in self.every)
 
     @property
     def packed_bytes(self) -> float:
@@ -164,7 +171,7 @@ def make_bank(case: Case, sets: int, seed: int = 0) -> Bank:
         for _ in range(case.models):
             for out, matrix in zip(case.outs, slots[-1], strict=True):
                 counts = tuple(draw_counts(rng, case.in_features, out, case.bits))
-                matrix.append(Slot(case.in_features, out, counts, end))
+                matrix.append(Slot(case.in_features, out, counts, counts, end))
                 end = matrix[-1].end
     arena = random_words(end, case.device)
     _write_scales(arena, [slot for one in slots for matrix in one for slot in matrix], rng)
@@ -176,7 +183,7 @@ def make_bank(case: Case, sets: int, seed: int = 0) -> Bank:
 def _write_scales(arena: Tensor, slots: list[Slot], rng: np.random.Generator) -> None:
     """Scales that give every component the same energy: an error in the lanes of one width then
     shows in the sum. Two-bit components get 2e-4, eight-bit ones 5e-8."""
-    widths = np.concatenate([lane_widths(list(slot.counts)) for slot in slots])
+    widths = np.concatenate([lane_widths(list(slot.v_counts)) for slot in slots])  # U's too
     mean_square_level = (4.0**widths - 1) / 3
     scales = COMPONENT_SIZE * rng.uniform(0.5, 1.5, widths.size) / mean_square_level
     places = np.concatenate([slot.offsets[2] + np.arange(slot.sizes[2]) for slot in slots])

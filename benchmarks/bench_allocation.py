@@ -20,6 +20,7 @@ from adamix import relative_error
 from adamix.budget import COUNTS_BYTES
 from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
+from adamix.compression.pairs import sets_of_pairs, union
 from adamix.compression.share import energies, share_out
 from adamix.storage.pack import pack
 
@@ -51,7 +52,7 @@ def main() -> None:
             even[name] = config.budget_bits(delta.shape) - 8 * COUNTS_BYTES
             spectra[name] = energies(delta, hessian(calibration, config.damping))
             shapes[name] = delta.shape
-        shared = share_out(spectra, shapes, even, config.bit_widths)
+        shared = share_out(spectra, shapes, even, union(sets_of_pairs(config)))
         first = None
         for allocate, shares in (("matrix", even), ("model", shared)):
             size, error, held_out, summed = measure(

@@ -218,10 +218,10 @@ class Paper(Bench):
         if not any(map(self.lacks, rows)):
             return
         found = compression.compressed(OURS, self.args.ratio).delta.matrices
-        self.add(replace(row, out_features=found[row.matrix].shape[0],
-                         in_features=found[row.matrix].shape[1],
-                         **{f"bits_{bits}": count for bits, count in
-                            found[row.matrix].widths.items()}) for row in rows)
+        self.add(replace(row, out_features=packed.shape[0], in_features=packed.shape[1],
+                         **{f"v_bits_{bits}": count for bits, count in packed.v_widths.items()},
+                         **{f"u_bits_{bits}": count for bits, count in packed.u_widths.items()})
+                 for row in rows for packed in [found[row.matrix]])
         self.say(f"{start.family} widths of {len(rows)} matrices")
 
     def data(self, folder: Path) -> None:

@@ -24,14 +24,16 @@ Solve = Callable[..., Tensor]
 
 
 def allocate_few(errors: Tensor, costs: Sequence[int], budget: int, *,
-                 max_choices: int | None = None, solver: str = "highs", solve: Solve = allocate
-                 ) -> Tensor:
+                 sets: Sequence[Sequence[int]] | None = None, max_choices: int | None = None,
+                 solver: str = "highs", solve: Solve = allocate) -> Tensor:
     """As `allocate`, which `solve` calls here or in another process."""
     rank, choices = errors.shape
     if max_choices is None or max_choices >= choices or rank == 0:
-        return solve(errors, costs, budget, solver=solver)
+        return solve(errors, costs, budget, sets=sets, solver=solver)
     errors = errors.cpu()
-    sets = [chosen for chosen in itertools.combinations(range(choices), max_choices)
+    few = dict.fromkeys(chosen for mixed in sets or [range(choices)]
+                        for chosen in itertools.combinations(mixed, max_choices))
+    sets = [chosen for chosen in few
             if rank * min(costs[k] for k in chosen) <= budget]
     bounds = lower_bounds(errors, costs, budget, sets)
     best, least = None, float("inf")

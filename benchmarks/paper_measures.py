@@ -124,7 +124,7 @@ def by_group(errors: Mapping[str, OutputErrors], layers: int
 def ours(delta: Tensor, gram: Tensor, budget_bits: int, *, max_widths: int | None, solve: Solve
          ) -> Reconstruction | None:
     """A method as those of `methods/`, its integer programs solved by `solve`."""
-    config = adamix.Config(max_widths=max_widths)
+    config = adamix.Config(separate_widths=False, max_widths=max_widths)  # as f_max counts
     try:
         found = matrix.quantize_matrix(delta, hessian(gram, config.damping), config,
                                        budget_bits=budget_bits - 8 * COUNTS_BYTES, solve=solve)
@@ -189,5 +189,5 @@ def components(delta: Tensor, gram: Tensor) -> tuple[list[float], list[list[floa
     """Singular values of ΔW; ΔV_i H ΔV_iᵀ of each component at each of WIDTHS (paper eq. 5)."""
     H = hessian(gram, adamix.Config.preset("paper").damping)
     factors = decompose(delta, H, min(delta.shape), plain=True)
-    errors = simulate(factors, H, WIDTHS, include_u=False).errors[:, :-1]
+    errors = simulate(factors, H, WIDTHS, include_u=False).v_errors
     return factors.s.tolist(), (errors / factors.s[:, None] ** 2).tolist()

@@ -92,7 +92,7 @@ class ComponentRow:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """How many components of a compressed matrix are at each width."""
+    """How many rows of V and columns of U of a compressed matrix are at each width."""
 
     model: str
     family: str
@@ -101,14 +101,22 @@ class PlanRow:
     matrix: str
     out_features: int
     in_features: int
-    bits_8: int = 0
-    bits_7: int = 0
-    bits_6: int = 0
-    bits_5: int = 0
-    bits_4: int = 0
-    bits_3: int = 0
-    bits_2: int = 0
-    bits_1: int = 0
+    v_bits_8: int = 0
+    v_bits_7: int = 0
+    v_bits_6: int = 0
+    v_bits_5: int = 0
+    v_bits_4: int = 0
+    v_bits_3: int = 0
+    v_bits_2: int = 0
+    v_bits_1: int = 0
+    u_bits_8: int = 0
+    u_bits_7: int = 0
+    u_bits_6: int = 0
+    u_bits_5: int = 0
+    u_bits_4: int = 0
+    u_bits_3: int = 0
+    u_bits_2: int = 0
+    u_bits_1: int = 0
     commit: str = ""
     command: str = ""
     date: str = ""

@@ -77,7 +77,11 @@ def relative(panel: Axes, ranks: Sequence[int], values: Sequence[float],
 
 def plan_figure(rows: Sequence[PlanRow]) -> Figure:
     """Figure 4: bytes at each width across the layers, as `adamix inspect` draws them."""
-    return allocation_figure(SimpleNamespace(matrices={
-        row.matrix: SimpleNamespace(shape=(row.out_features, row.in_features), widths={
-            bits: count for bits in range(8, 0, -1) if (count := getattr(row, f"bits_{bits}"))})
-        for row in rows}))
+    matrices = {}
+    for row in rows:
+        v_widths, u_widths = ({bits: count for bits in range(8, 0, -1)
+                               if (count := getattr(row, f"{factor}_bits_{bits}"))}
+                              for factor in "vu")
+        matrices[row.matrix] = SimpleNamespace(shape=(row.out_features, row.in_features),
+                                               v_widths=v_widths, u_widths=u_widths)
+    return allocation_figure(SimpleNamespace(matrices=matrices))

@@ -94,7 +94,7 @@ def random_finetune(model: PreTrainedModel, seed: int, bits: float = 1.0) -> Mod
         scales *= 0.002 / (COMPONENT_SIZE * max(sum(counts), 1) ** 0.5)
         matrices[name] = PackedDelta(torch.from_numpy(words),
                                      torch.from_numpy(scales.astype(np.float32)), tuple(counts),
-                                     (out, n))
+                                     tuple(counts), (out, n))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rivals.gptq_loop import BLOCK, gptq_loop
@@ -22,6 +22,7 @@ from torch import Tensor
 from adamix.compression.allocate import allocate
 from adamix.compression.correct import LEAST_KEPT, MOST_GAIN
 from adamix.compression.matrix import component_bits
+from adamix.compression.pairs import columns, sets_of_pairs, union
 from adamix.compression.quantize import nearest_codes, search_scales
 from adamix.config import Config
 
@@ -77,7 +78,8 @@ class Approximation:
 
     U: Tensor  # [out, rank]
     V: Tensor  # [rank, in]
-    bits: list[int]  # of each component
+    v_bits: list[int]  # of each component
+    u_bits: list[int]
 
 
 def compress_group(gram: Tensor, deltas: Mapping[str, Tensor], config: Config, clock: Clock,
@@ -111,30 +113,33 @@ def compress_matrix(delta: Tensor, H: Hessian, config: Config, clock: Clock,
                     seconds: float | None = None) -> Approximation:
     """ΔW -> Δ̂ within the budget (paper Algorithm 1, with the same choices as adamix)."""
     delta, budget = delta.float(), config.budget_bits(delta.shape)
-    costs = {b: component_bits(tuple(delta.shape), b) for b in config.bit_widths}
+    least = component_bits(tuple(delta.shape), min(config.bit_widths))
     with clock(SVD):
-        U, s, V = decompose(delta, H, budget // min(costs.values()), config)
-    errors, rows = simulate(U, s, V, H, config, clock, seconds)
+        U, s, V = decompose(delta, H, budget // least, config)
+    v_errors, u_errors, rows = simulate(U, s, V, H, config, clock, seconds)
     with clock(ILP):
-        table = torch.stack([*errors.values(), s**2 * energy(V, H)], dim=1).cpu().double()
-        choice = allocate(table, [*(costs[b] for b in errors), 0], budget,
-                          max_choices=config.max_widths, solver=config.solver)
-        widths = [[*errors, 0][k] for k in choice.tolist()]
-    kept = [i for i, bits in enumerate(widths) if bits]
-    bits = [widths[i] for i in kept]
+        sets = sets_of_pairs(replace(config, bit_widths=tuple(rows)))
+        pairs = union(sets)
+        table = torch.stack([*(v_errors[v] + u_errors[u] for v, u in pairs), s**2 * energy(V, H)],
+                            dim=1).cpu().double()
+        costs = [*(component_bits(tuple(delta.shape), v, u) for v, u in pairs), 0]
+        choice = allocate(table, costs, budget, sets=columns(sets), max_choices=config.max_widths,
+                          solver=config.solver).tolist()
+    kept = [i for i, k in enumerate(choice) if k < len(pairs)]
+    v_bits, u_bits = ([pairs[choice[i]][side] for i in kept] for side in (0, 1))
     with clock(REST):
-        V_hat = torch.stack([rows[b][i] for i, b in zip(kept, bits, strict=True)])
-        U_hat = quantize_u(delta, s[kept, None] * V_hat, U[:, kept], bits, H, config)
+        V_hat = torch.stack([rows[b][i] for i, b in zip(kept, v_bits, strict=True)])
+        U_hat = quantize_u(delta, s[kept, None] * V_hat, U[:, kept], u_bits, H, config)
         A = s[kept, None] * V_hat
         for _ in range(config.passes - 1):
             target = solve(U_hat.T @ U_hat, U_hat.T @ delta)
             s_new = torch.linalg.vector_norm(target, dim=1, keepdim=True)
-            A = s_new * rows_at_widths(target / s_new, bits, H)
-            U_hat = quantize_u(delta, A, U[:, kept], bits, H, config)
+            A = s_new * rows_at_widths(target / s_new, v_bits, H)
+            U_hat = quantize_u(delta, A, U[:, kept], u_bits, H, config)
         if config.unbiased:
             left = (U[:, kept] * U_hat).sum(dim=0) * (V[kept] * A).sum(dim=1) / s[kept]
             A = A * torch.where(left > LEAST_KEPT, 1 / left, 1.0).clamp(max=MOST_GAIN)[:, None]
-    return Approximation(U_hat, A, bits)
+    return Approximation(U_hat, A, v_bits, u_bits)
 
 
 def decompose(delta: Tensor, H: Hessian, rank: int, config: Config
@@ -152,22 +157,24 @@ def decompose(delta: Tensor, H: Hessian, rank: int, config: Config
 
 
 def simulate(U: Tensor, s: Tensor, V: Tensor, H: Hessian, config: Config, clock: Clock,
-             seconds: float | None = None) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """{width: error of every component}, {width: V̂}, width by width."""
-    errors, rows = {}, {}
+             seconds: float | None = None
+             ) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+    """{width: error of every component by V, by U}, {width: V̂}, width by width."""
+    v_errors, u_errors, rows = {}, {}, {}
     start = clock.now()
     for width in reversed(config.bit_widths):
         rows[width] = quantize_rows(V, width, H)
-        errors[width] = s**2 * energy(V - rows[width], H)
+        v_errors[width] = s**2 * energy(V - rows[width], H)
+        u_errors[width] = torch.zeros_like(s)
         if config.objective == "v+u":
-            errors[width] += s**2 * energy(V, H) * lost_share(U, width)
+            u_errors[width] = s**2 * energy(V, H) * lost_share(U, width)
         taken = clock.now() - start
         if seconds is not None and taken > seconds:
             break
     clock.add(WIDTHS, taken, len(rows) / len(config.bit_widths))
     clock.widths += len(rows)
     clock.widths_of += len(config.bit_widths)
-    return errors, rows
+    return v_errors, u_errors, rows
 
 
 def energy(rows: Tensor, H: Hessian) -> Tensor:

@@ -14,7 +14,25 @@
 // row of one, is in double: for the tests of delta_gemm and delta_embedding on either device.
 namespace adamix::testing {
 
-using Counts = std::vector<int64_t>;  // components at 8, 7 .. 1 bits
+using Counts = std::vector<int64_t>;  // a factor's lanes at 8, 7 .. 1 bits
+
+inline std::vector<int> widths_of(const Counts& counts) {
+  std::vector<int> widths;
+  for (int bits = kMaxBits; bits >= 1; --bits)
+    widths.insert(widths.end(), counts[kMaxBits - bits], bits);
+  return widths;
+}
+
+// So many lanes again, with other ends of the widths: some a bit wider, others a bit narrower.
+inline Counts other_counts(const Counts& counts) {
+  const std::vector<int> widths = widths_of(counts);
+  Counts others(kMaxBits, 0);
+  for (size_t i = 0; i < widths.size(); ++i) {
+    const int bits = widths[i] + (i < widths.size() / 3) - (i >= widths.size() - widths.size() / 3);
+    ++others[kMaxBits - std::clamp(bits, 1, kMaxBits)];
+  }
+  return others;
+}
 
 // A delta before it is packed: levels as plain numbers.
 struct Delta {
@@ -60,15 +78,16 @@ struct Bank {
     }
   }
 
-  // Random codes. Scales are such that every component weighs the same, whatever its width.
-  void add(const Counts& counts, uint32_t seed) {
+  void add(const Counts& v_counts, uint32_t seed) { add(v_counts, other_counts(v_counts), seed); }
+
+  // Random codes. Scales are such that every component weighs the same, whatever its widths.
+  void add(const Counts& v_counts, const Counts& u_counts, uint32_t seed) {
     Delta delta;
-    std::vector<int> widths;
-    for (int bits = kMaxBits; bits >= 1; --bits)
-      widths.insert(widths.end(), counts[kMaxBits - bits], bits);
+    const std::vector<int> v_widths = widths_of(v_counts), u_widths = widths_of(u_counts);
     std::vector<int64_t> row;
     for (auto* lanes : {&delta.v, &delta.u}) {
       const int64_t n = lanes == &delta.v ? in : out;
+      const std::vector<int>& widths = lanes == &delta.v ? v_widths : u_widths;
       std::vector<std::vector<uint8_t>> codes;
       for (const int bits : widths) {
         codes.push_back(random_codes(n, bits, seed++));
@@ -80,11 +99,12 @@ struct Bank {
     }
     row.push_back(offset());
     delta.scales = random_normal(delta.rank(), seed);
-    for (size_t i = 0; i < widths.size(); ++i) {
-      const auto top = static_cast<float>(max_code(widths[i]));
-      arena.push_back(float_bits(delta.scales[i] *= 0.03f / (top * top)));
+    for (size_t i = 0; i < v_widths.size(); ++i) {
+      const auto tops = static_cast<float>(max_code(v_widths[i]) * max_code(u_widths[i]));
+      arena.push_back(float_bits(delta.scales[i] *= 0.03f / tops));
     }
-    row.insert(row.end(), counts.begin(), counts.end());
+    row.insert(row.end(), v_counts.begin(), v_counts.end());
+    row.insert(row.end(), u_counts.begin(), u_counts.end());
     table.insert(table.end(), row.begin(), row.end());
     deltas.push_back(delta);
   }
@@ -92,10 +112,18 @@ struct Bank {
 
 inline Bank mixed_bank(int64_t in, int64_t out, int64_t alignment = 1) {
   Bank bank{in, out, alignment};
-  bank.add({1, 2, 0, 1, 3, 5, 4, 2}, 100);
+  bank.add({1, 2, 0, 1, 3, 5, 4, 2}, {0, 1, 4, 0, 1, 3, 7, 2}, 100);
   bank.add({0, 0, 0, 0, 0, 0, 0, 0}, 200);  // empty
-  bank.add({0, 0, 0, 0, 0, 1, 0, 0}, 300);
-  bank.add({3, 0, 0, 0, 0, 0, 0, 30}, 400);
+  bank.add({0, 0, 0, 0, 0, 1, 0, 0}, {0, 0, 0, 1, 0, 0, 0, 0}, 300);
+  bank.add({3, 0, 0, 0, 0, 0, 0, 30}, {1, 1, 0, 9, 0, 22, 0, 0}, 400);
+  return bank;
+}
+
+// As mixed_bank, slot 3 having one lane of U less than of V: a slot that kernels take for empty.
+inline Bank bank_with_wrong_counts(int64_t in, int64_t out) {
+  Bank bank = mixed_bank(in, out);
+  --bank.table[3 * kTableColumns + kTableFirstUCount];
+  bank.deltas[3] = {};
   return bank;
 }
 

@@ -65,7 +65,7 @@ TEST(DeltaEmbedding, ByHand) {
   const std::vector<uint32_t> arena = {
       0x00'00'00'03u,  0u, 0x00'01'00'00u, 0x00'02'00'01u, 0u, 0x00'01'00'01u, float_bits(0.5f),
       float_bits(2.0f)};
-  const std::vector<int64_t> table = {0, 3, 6, 0, 0, 0, 0, 0, 0, 1, 1};
+  const std::vector<int64_t> table = {0, 3, 6, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1};
   const std::vector<int64_t> tokens = {0, 1, 2, -1, 0};
   const std::vector<int32_t> slots = {0, 0, 0, 0, 1};
   std::vector<float> y = {10, 20, 30, 40, 50, 60, 70, 80, 90, 100};

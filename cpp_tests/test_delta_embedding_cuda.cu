@@ -188,7 +188,7 @@ TEST_P(DeltaEmbeddingCudaWidths, Alone) {
     Counts counts(kMaxBits, 0);
     counts[kMaxBits - GetParam()] = rank;
     Bank bank{300, 530, 4};
-    bank.add(counts, 1);
+    bank.add(counts, counts, 1);
     Call call = {bank, {529, 0, 31, 256, 511, 512}, {0, 0, -1, 0, 0, 0}};
     check_all_types(call);
   }

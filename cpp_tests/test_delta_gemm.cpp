@@ -60,10 +60,10 @@ void check(const Bank& bank, const std::vector<int32_t>& slots) {
 }
 
 TEST(DeltaGemm, ByHand) {
-  // V = [1, -1, 1], U = [1, -1], scale 0.5: z = 0.5 * (1 - 2 + 4) = 1.5. Codes 0, 1, 2
-  // of one bit are bit 0 of bytes 0, 2, 1.
-  const std::vector<uint32_t> arena = {0x00'00'01'01u, 0x00'00'00'01u, float_bits(0.5f)};
-  const std::vector<int64_t> table = {0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 1};
+  // V = [1, -1, 1] at one bit, U = [3, -1] at two, scale 0.5: z = 0.5 * (1 - 2 + 4) = 1.5. Codes 0,
+  // 1, 2 are in bytes 0, 2, 1.
+  const std::vector<uint32_t> arena = {0x00'00'01'01u, 0x00'01'00'03u, 0u, float_bits(0.5f)};
+  const std::vector<int64_t> table = {0, 1, 3, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0};
   const std::vector<float> x = {1, 2, 4};
   const std::vector<int32_t> slots = {0};
   std::vector<float> y = {10, 20};
@@ -73,7 +73,7 @@ TEST(DeltaGemm, ByHand) {
                          const_view(table, 1, kTableColumns),
                          slots.data()},
                         serial_for);
-  EXPECT_EQ(y, (std::vector<float>{11.5f, 18.5f}));
+  EXPECT_EQ(y, (std::vector<float>{14.5f, 18.5f}));
 }
 
 class DeltaGemmSizes : public ::testing::TestWithParam<std::pair<int64_t, int64_t>> {};

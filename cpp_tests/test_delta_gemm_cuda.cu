@@ -10,6 +10,7 @@ namespace adamix {
 namespace {
 
 using testing::Bank;
+using testing::bank_with_wrong_counts;
 using testing::bound_of;
 using testing::Call;
 using testing::check;
@@ -87,7 +88,7 @@ TEST_P(DeltaGemmCudaWidths, Alone) {
     Counts counts(kMaxBits, 0);
     counts[kMaxBits - GetParam()] = rank;
     Bank bank{300, 530, 4};
-    bank.add(counts, 1);
+    bank.add(counts, counts, 1);
     check_all_types({{bank}, {0, 0, -1}});
     check_all_types({{bank}, paired({0, 0, -1})});
     std::vector<int32_t> many(131, 0);
@@ -183,6 +184,14 @@ TEST_F(DeltaGemmCuda, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
       call.max_rank = max_rank;
       check_all_types(call);
     }
+  }
+}
+
+TEST_F(DeltaGemmCuda, ASlotWithOtherCountsInUThanInVIsEmpty) {
+  for (const int64_t tokens : {int64_t{12}, kPaired, int64_t{140}}) {
+    Call call = {{bank_with_wrong_counts(100, 90)}, mixed_slots(tokens)};
+    call.max_rank = 40;
+    check_all_types(call);
   }
 }
 

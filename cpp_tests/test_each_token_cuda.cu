@@ -9,6 +9,7 @@ namespace adamix {
 namespace {
 
 using testing::Bank;
+using testing::bank_with_wrong_counts;
 using testing::Call;
 using testing::check;
 using testing::check_company;
@@ -52,7 +53,7 @@ void check_all_types(const Call& call, const std::vector<int32_t>& slots) {
 }
 
 class EachTokenSizes : public EachToken,
-                      public ::testing::WithParamInterface<std::pair<int64_t, int64_t>> {};
+                       public ::testing::WithParamInterface<std::pair<int64_t, int64_t>> {};
 
 TEST_P(EachTokenSizes, AnyAlignment) {
   const auto [in, out] = GetParam();
@@ -76,7 +77,7 @@ TEST_P(EachTokenWidths, Alone) {
     for (const int64_t rank : {1, 8, 13, 37, 150}) {
       Counts counts(kMaxBits, 0);
       counts[kMaxBits - GetParam()] = rank;
-      bank.add(counts, static_cast<uint32_t>(rank));
+      bank.add(counts, counts, static_cast<uint32_t>(rank));
     }
     check_all_types({{bank}, {}}, {0, 1, 2, 3, 4});
   }
@@ -106,7 +107,7 @@ TEST_F(EachToken, RowsAnywhere) {
 
 // One way in which the kernels read tables, and the other.
 TEST_F(EachToken, AnyCapacity) {
-  for (const int slots : {1, 46, 47, 60}) {
+  for (const int slots : {1, 13, 14, 26, 27, 60}) {
     Bank bank{40, 50};
     for (int i = 0; i < slots; ++i) {
       Counts counts(kMaxBits, 0);
@@ -126,6 +127,12 @@ TEST_F(EachToken, ASlotWithMoreComponentsThanMaxRankIsEmpty) {
     call.max_rank = max_rank;
     check_slots<BFloat16>(call, {0, 3, 4});
   }
+}
+
+TEST_F(EachToken, ASlotWithOtherCountsInUThanInVIsEmpty) {
+  Call call = {{bank_with_wrong_counts(100, 90), bank_with_wrong_counts(100, 600)}, {}};
+  call.max_rank = 40;
+  check_slots<BFloat16>(call, {0, 3});
 }
 
 TEST_F(EachToken, InASegment) {

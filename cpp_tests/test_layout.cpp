@@ -197,8 +197,9 @@ TEST(Layout, EveryWordOfAFactorBelongsToOneLaneOfOnePanel) {
 }
 
 TEST(Layout, TheTableHasAColumnAWidthBehindTheOffsets) {
-  EXPECT_EQ(kTableFirstCount, 3);
-  EXPECT_EQ(kTableColumns, 11);
+  EXPECT_EQ(kTableFirstVCount, 3);
+  EXPECT_EQ(kTableFirstUCount, 11);
+  EXPECT_EQ(kTableColumns, 19);
 }
 
 }  // namespace

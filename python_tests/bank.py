@@ -1,5 +1,6 @@
 """Banks of random deltas, laid out after packed_layout.h's comment, and their float64 meaning."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,20 +15,29 @@ PANEL = 256  # codes
 MIXED = {8: 2, 7: 1, 5: 3, 4: 2, 3: 9, 2: 5, 1: 4}
 # Up to so many tokens, and for fp32 x, CUDA kernels keep z in fp32 or better.
 EXACT_Z_TOKENS = 128
-Counts = dict[int, int]  # {bits: components}
+ONE_BIT = [0, 0, 0, 0, 0, 0, 0, 1]  # counts of one lane of one bit
+Counts = dict[int, int]  # {bits: rows of V, or columns of U}
 
 
 @dataclass
 class Delta:
-    """One matrix: codes uint8 [components, in] and [components, out] at 8, 7 .. 1 bits, scales."""
+    """One matrix: codes uint8 [lanes, in] and [lanes, out] at 8, 7 .. 1 bits, scales."""
 
     V: list[Tensor]
     U: list[Tensor]
     scales: Tensor
 
     @property
-    def counts(self) -> list[int]:
+    def rank(self) -> int:
+        return self.scales.numel()
+
+    @property
+    def v_counts(self) -> list[int]:
         return [codes.shape[0] for codes in self.V]
+
+    @property
+    def u_counts(self) -> list[int]:
+        return [codes.shape[0] for codes in self.U]
 
     def sliced(self, inputs: slice = slice(None), outputs: slice = slice(None)) -> "Delta":
         """A tensor-parallel part: columns of V, rows of U."""
@@ -45,12 +55,23 @@ def levels(codes: list[Tensor]) -> Tensor:
     )
 
 
-def random_delta(out: int, n: int, counts: Counts) -> Delta:
+def random_delta(out: int, n: int, v_counts: Counts, u_counts: Counts | None = None) -> Delta:
+    """Without `u_counts` U's widths differ from V's."""
+    u_counts = other_counts(v_counts) if u_counts is None else u_counts
     V, U = (
         [torch.randint(0, 2**b, (counts.get(b, 0), length), dtype=torch.uint8) for b in WIDTHS]
-        for length in (n, out)
+        for counts, length in ((v_counts, n), (u_counts, out))
     )
-    return Delta(V, U, 1e-4 * torch.randn(sum(counts.values())))
+    return Delta(V, U, 1e-4 * torch.randn(sum(v_counts.values())))
+
+
+def other_counts(counts: Counts) -> Counts:
+    """As many lanes, whose widths fall at other components: those of the lanes a third further on,
+    the first of them 3 bits wider, the last 2 bits narrower."""
+    widths = [bits for bits in WIDTHS for _ in range(counts.get(bits, 0))]
+    rank, third = len(widths), -(-len(widths) // 3)
+    shifted = [widths[min(lane + third, rank - 1)] for lane in range(rank)]
+    return Counter(min(max(bits + 3 - 6 * lane // rank, 1), 8) for lane, bits in enumerate(shifted))
 
 
 def factor_words(codes: list[Tensor]) -> Tensor:
@@ -84,7 +105,7 @@ class Bank:
 
     @property
     def max_rank(self) -> int:
-        return max(sum(delta.counts) for deltas in self.layers for delta in deltas)
+        return max(delta.rank for deltas in self.layers for delta in deltas)
 
     def delta(self, x: Tensor, slots: list[int], layer: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """The exact result, the same sum of absolute values, and that of z's terms alone:
@@ -128,7 +149,7 @@ def build(layers: list[list[Delta]], device: str = "cpu", lead: int = 5) -> Bank
             for part in words:
                 table[-1].append(place)
                 place += part.numel()
-            table[-1] += delta.counts
+            table[-1] += delta.v_counts + delta.u_counts
             parts += words
         tables.append(torch.tensor(table, device=device))
     arena = torch.cat([*parts, torch.full((3,), -1, dtype=torch.int32)])
@@ -136,7 +157,7 @@ def build(layers: list[list[Delta]], device: str = "cpu", lead: int = 5) -> Bank
 
 
 def make_bank(out: int, n: int, ranks: list[Counts], device: str = "cpu") -> Bank:
-    """One matrix; a slot for each of `ranks`."""
+    """One matrix; a slot for each of `ranks`, V's widths."""
     return build([[random_delta(out, n, counts) for counts in ranks]], device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from bank import WIDTHS, other_counts
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -145,16 +146,17 @@ def _change_experts(architecture: str, name: str, parameter: nn.Parameter,
 def random_packed(shape: tuple[int, int], generator: torch.Generator) -> PackedDelta:
     """A few components of several widths, about as large as the weights above."""
     out, n = shape
-    counts = torch.randint(0, 3, (8,), generator=generator).tolist()
-    counts[5] += 1  # none is empty
-    words, scales = [], []
-    for length in (n, out):
+    v_counts = torch.randint(0, 3, (8,), generator=generator).tolist()
+    v_counts[5] += 1  # none is empty
+    other = other_counts(dict(zip(WIDTHS, v_counts, strict=True)))
+    u_counts, words, levels = [other.get(bits, 0) for bits in WIDTHS], [], 1.0
+    for length, counts in ((n, v_counts), (out, u_counts)):
         codes = torch.cat([torch.randint(0, 2**bits, (count, length), generator=generator)
-                           for bits, count in zip(range(8, 0, -1), counts, strict=True)])
+                           for bits, count in zip(WIDTHS, counts, strict=True)])
         words.append(pack_factor(codes.to(torch.uint8), counts))
-    for bits, count in zip(range(8, 0, -1), counts, strict=True):
-        scales.append(0.02 / 4**bits * (0.5 + torch.rand(count, generator=generator)))
-    return PackedDelta(torch.cat(words), torch.cat(scales), tuple(counts), shape)
+        levels = levels * 2.0 ** torch.tensor(WIDTHS).repeat_interleave(torch.tensor(counts))
+    scales = 0.02 / levels * (0.5 + torch.rand(sum(v_counts), generator=generator))
+    return PackedDelta(torch.cat(words), scales, tuple(v_counts), tuple(u_counts), shape)
 
 
 def no_manifest() -> Manifest:

@@ -28,16 +28,16 @@ def case(**changes):
 @pytest.mark.parametrize("in_features, out", SHAPES)
 def test_drawn_deltas_have_one_bit_a_weight_and_the_mean_rank(in_features, out):
     rng = np.random.default_rng(0)
-    drawn = [banks.Slot(in_features, out, tuple(banks.draw_counts(rng, in_features, out)), 0)
-             for _ in range(20)]
+    drawn = [banks.Slot(in_features, out, counts, counts, 0)
+             for counts in (tuple(banks.draw_counts(rng, in_features, out)) for _ in range(20))]
     bits = np.array([32 * sum(slot.sizes) for slot in drawn]) / (in_features * out)
     widest = (8 * (in_features + out) + 32) / (in_features * out)  # one component
     assert 0.99 <= bits.mean() <= 1
     assert bits.max() <= 1 and bits.min() > 1 - widest
-    ranks = [sum(slot.counts) for slot in drawn]
+    ranks = [slot.rank for slot in drawn]
     assert len(set(ranks)) > 1
     assert abs(np.mean(ranks) / banks.mean_rank(in_features, out) - 1) < 0.02
-    shares = np.sum([slot.counts for slot in drawn], axis=0) / sum(ranks)
+    shares = np.sum([slot.v_counts for slot in drawn], axis=0) / sum(ranks)
     assert np.allclose(shares, [banks.WIDTH_SHARES.get(b, 0) for b in range(8, 0, -1)], atol=0.03)
 
 

@@ -90,8 +90,9 @@ def test_sizes_agree_with_their_definition():
     assert ops.v_words(33, counts) == 2 * 16 + 3 * 6 + 1 * 2
     assert ops.u_words(33, counts) == ops.v_words(33, counts)
     assert (ops.BLOCK_CODES, ops.PANEL_CODES, ops.MAX_BITS) == (32, 256, 8)
-    assert ops.LAYOUT_VERSION == 2
-    assert ops.TABLE_COLUMNS == ops.TABLE_FIRST_COUNT + ops.MAX_BITS
+    assert ops.LAYOUT_VERSION == 3
+    assert ops.TABLE_FIRST_U_COUNT == ops.TABLE_FIRST_V_COUNT + ops.MAX_BITS
+    assert ops.TABLE_COLUMNS == ops.TABLE_FIRST_U_COUNT + ops.MAX_BITS
 
 
 def test_sizes_refuse_what_has_no_meaning():

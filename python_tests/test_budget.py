@@ -79,8 +79,9 @@ def test_bits_per_weight_hold_for_each_matrix_with_its_scales_and_counts(pairs, 
     compress(*pairs["plain"], tmp_path / "d", config, threads=1)
     for name, packed in read_delta(tmp_path / "d").matrices.items():
         out, n = packed.shape
-        words = sum(b * count for b, count in packed.widths.items()) * (-(-out // 32) + -(-n // 32))
-        used = 32 * (words + packed.rank + 8)
+        words = sum((v * -(-n // 32) + u * -(-out // 32)) * count
+                    for (v, u), count in packed.widths.items())
+        used = 32 * (words + packed.rank + 2 * 8)
         step = 32 * (-(-out // 32) + -(-n // 32) + 1)  # one bit more for one component
         assert used <= bits * out * n < used + 3 * step, name
         assert packed.bits_per_weight == used / (out * n)

@@ -99,7 +99,8 @@ def test_the_plain_version_is_the_method(shape, preset, changes):
     error = relative_error(delta, found.U @ found.V, gram)
     assert error == pytest.approx(relative_error(delta, pack(ours.delta).dequantize(), gram),
                                   rel=0.03)
-    assert sum(plain.component_bits(shape, b) for b in found.bits) <= config.budget_bits(shape)
+    pairs = zip(found.v_bits, found.u_bits, strict=True)
+    assert sum(plain.component_bits(shape, *pair) for pair in pairs) <= config.budget_bits(shape)
     assert clock.seconds == clock.measured and clock.widths == clock.widths_of == 7
     assert list(clock.seconds) == [plain.HESSIAN, plain.SVD, plain.WIDTHS, plain.ILP, plain.REST]
 

@@ -72,7 +72,7 @@ def test_the_default_is_the_adamix_preset():
     config = Config()
     assert config.bit_widths == (8, 7, 6, 5, 4, 3, 2)
     assert (config.decomposition, config.objective) == ("output-aware", "v+u")
-    assert config.max_widths is None
+    assert config.max_widths is None and config.separate_widths
     assert (config.correction, config.passes) == (True, 4)
     assert (config.damping, config.svd_damping, config.unbiased) == (0.1, 0.5, True)
 
@@ -82,7 +82,7 @@ def test_the_paper_preset_makes_the_papers_choices():
     assert config.bit_widths == (8, 7, 6, 5, 4, 3, 2)
     assert (config.decomposition, config.objective, config.max_widths) == ("plain", "v", 4)
     assert (config.correction, config.passes, config.svd_damping) == (True, 1, 0.0)
-    assert (config.damping, config.unbiased) == (0.01, False)
+    assert (config.damping, config.unbiased, config.separate_widths) == (0.01, False, False)
 
 
 @pytest.mark.parametrize("name", ["adamix", "paper"])

@@ -47,7 +47,8 @@ def test_a_plan_takes_whole_steps_of_its_budget(out, n):
     X = torch.randn(n, 4 * n)
     H = hessian(X @ X.T, config.damping)
     done = quantize_matrix(decaying(out, n), H, config, budget_bits=budget).delta
-    bits = sum(component_bits((out, n), width) for width in done.bits.tolist())
+    bits = sum(component_bits((out, n), *pair)
+               for pair in zip(done.v_bits.tolist(), done.u_bits.tolist(), strict=True))
     step = component_bits((out, n), 2) - component_bits((out, n), 1)
     planned = planned_bits((out, n), budget, config)
     assert abs(planned - bits) <= step and budget - step - 32 * done.rank <= planned <= budget

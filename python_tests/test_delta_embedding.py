@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bank import MIXED, WIDTHS, Bank, as_slots, levels, make_bank, random_delta
+from bank import MIXED, ONE_BIT, WIDTHS, Bank, as_slots, build, levels, make_bank, random_delta
 from conftest import skip_without_cuda
 from reference import embedding_rows
 from tolerance import FP32_ROUNDOFF, assert_within_rounding
@@ -28,7 +28,7 @@ def some_tokens(count: int, vocab: int) -> list[int]:
 
 
 def adds_nothing(bank: Bank, token: int, slot: int) -> bool:
-    used = 0 <= slot < len(bank.layers[0]) and sum(bank.layers[0][slot].counts) > 0
+    used = 0 <= slot < len(bank.layers[0]) and bank.layers[0][slot].rank > 0
     return not used or not 0 <= token < bank.outs[0]
 
 
@@ -102,9 +102,15 @@ def test_mixed_slots_and_tokens(device, shape, dtype, ids):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_width_alone(device, bits):
-    bank = make_bank(300, 70, [{bits: 11}], device)
+    bank = build([[random_delta(300, 70, {bits: 11}, {bits: 11})]], device)
     check(bank, [0, 299, 5, 255, 256, 31], [0, 0, -1, 0, 0, 0], torch.float32)
     check(bank, some_tokens(150, 300), [0] * 150, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pair_of_widths(device, dtype):
+    deltas = [random_delta(300, 70, {v: 11}, {u: 11}) for v in WIDTHS for u in WIDTHS]
+    check(build([deltas], device), some_tokens(192, 300), 3 * list(range(64)), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 31, 32, 33, 300])
@@ -152,7 +158,7 @@ def test_by_hand(device):
     words = torch.tensor([0x03, 0, 0x01_0000, 0x02_0001, 0, 0x01_0001], dtype=torch.int32)
     scales = torch.tensor([0.5, 2.0]).view(torch.int32)
     arena = torch.cat([words, scales]).to(device)
-    table = torch.tensor([[0, 3, 6] + [0] * 6 + [1, 1]], device=device)
+    table = torch.tensor([[0, 3, 6] + 2 * [0, 0, 0, 0, 0, 0, 1, 1]], device=device)
     tokens = torch.tensor([0, 1, 2], device=device)
     sizes = {"vocab_size": 2, "hidden_size": 2, "dtype": torch.float32}
     got = ops.delta_embedding(tokens, arena, table, as_slots([0] * 3, device), **sizes)
@@ -167,7 +173,7 @@ def test_the_sum_is_rounded_once(device, dtype):
     scale = torch.tensor([ulp / 2 * (1 + 2**-12)])
     ones = torch.tensor([1, 1], dtype=torch.int32)  # V = U = 1: code 1 at one bit
     arena = torch.cat([ones, scale.view(torch.int32)]).to(device)
-    table = torch.tensor([[0, 1, 2] + [0] * 7 + [1]], device=device)
+    table = torch.tensor([[0, 1, 2, *ONE_BIT, *ONE_BIT]], device=device)
     y = torch.ones(1, 1, dtype=dtype, device=device)
     token = torch.zeros(1, dtype=torch.int64, device=device)
     ops.delta_embedding_(y, token, arena, table, as_slots([0], device), vocab_size=1)
@@ -190,12 +196,15 @@ def test_two_percent_would_be_seen(device, dtype):
 
 
 def test_rows_are_those_of_the_dequantized_delta(device):
-    delta = random_delta(300, 100, {4: 7, 3: 20, 1: 4})
-    widths = torch.tensor([4] * 7 + [3] * 20 + [1] * 4, dtype=torch.int32)
-    packed = pack(QuantizedDelta(torch.cat(delta.U), torch.cat(delta.V), widths, delta.scales))
-    v = ops.v_words(100, packed.counts)
+    delta = random_delta(300, 100, {4: 7, 3: 20, 1: 4}, {5: 16, 1: 15})
+    v_bits = torch.tensor([4] * 7 + [3] * 20 + [1] * 4, dtype=torch.int32)
+    u_bits = torch.tensor([5] * 16 + [1] * 15, dtype=torch.int32)
+    packed = pack(QuantizedDelta(torch.cat(delta.U), torch.cat(delta.V), u_bits, v_bits,
+                                 delta.scales))
+    v = ops.v_words(100, packed.v_counts)
     arena = torch.cat([packed.words, packed.scales.view(torch.int32)]).to(device)
-    table = torch.tensor([[0, v, packed.words.numel(), *packed.counts]], device=device)
+    row = [0, v, packed.words.numel(), *packed.v_counts, *packed.u_counts]
+    table = torch.tensor([row], device=device)
     tokens = torch.tensor([5, 299, 0, 256, 5], device=device)
     sizes = {"vocab_size": 300, "hidden_size": 100, "dtype": torch.float32}
     got = ops.delta_embedding(tokens, arena, table, as_slots([0] * 5, device), **sizes)

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from bank import MIXED, PANEL, WIDTHS, Bank, as_slots, build, factor_words, make_bank, random_delta
+from bank import (
+    MIXED,
+    ONE_BIT,
+    PANEL,
+    WIDTHS,
+    Bank,
+    as_slots,
+    build,
+    factor_words,
+    make_bank,
+    random_delta,
+)
 from tolerance import assert_within_rounding
 from torch import Tensor
 
@@ -53,9 +64,28 @@ def test_mixed_slots(device, shape, dtype):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_width_alone(device, bits):
-    bank = make_bank(70, 300, [{bits: 11}], device)
+    bank = build([[random_delta(70, 300, {bits: 11}, {bits: 11})]], device)
     check(bank, [0, 0, -1, 0], torch.float32)
     check(bank, [0] * 150, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pair_of_widths(device, dtype):
+    deltas = [random_delta(70, 300, {v: 11}, {u: 11}) for v in WIDTHS for u in WIDTHS]
+    bank = build([deltas], device)
+    check(bank, list(range(len(deltas))), dtype)
+    check(bank, 3 * list(range(len(deltas))), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [
+    ({5: 2, 3: 4, 2: 2}, {4: 3, 3: 2, 2: 3}), ({8: 1, 1: 70}, {8: 70, 1: 1}),
+    ({8: 70, 1: 1}, {8: 1, 1: 70}), ({2: 33}, {b: 4 + (b == 8) for b in WIDTHS}),
+    ({b: 4 + (b == 8) for b in WIDTHS}, {2: 33}), ({4: 32, 3: 32}, {4: 31, 3: 33})])
+def test_widths_change_at_other_components_in_v_than_in_u(device, dtype, counts):
+    bank = build([[random_delta(150, 290, *counts), random_delta(150, 290, {})]], device)
+    check(bank, [0, -1, 0, 1, 0], dtype)
+    check(bank, [0] * 150, dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 31, 32, 33, 300])
@@ -101,7 +131,7 @@ def test_the_sum_is_rounded_once(device, dtype):
     scale = torch.tensor([ulp / 2 * (1 + 2**-12)])
     ones = torch.tensor([1, 1], dtype=torch.int32)  # V = U = 1: code 1 at one bit
     arena = torch.cat([ones, scale.view(torch.int32)]).to(device)
-    table = torch.tensor([[0, 1, 2] + [0] * 7 + [1]], device=device)
+    table = torch.tensor([[0, 1, 2, *ONE_BIT, *ONE_BIT]], device=device)
     y = torch.ones(1, 1, dtype=dtype, device=device)
     x = torch.ones(1, 1, dtype=dtype, device=device)
     ops.delta_gemm_(y, x, arena, table, as_slots([0], device))
@@ -113,7 +143,7 @@ def test_by_hand(device):
     # bytes 0, 2, 1.
     scale = torch.tensor([0.5]).view(torch.int32)
     arena = torch.cat([torch.tensor([0x00_00_01_01, 0x01], dtype=torch.int32), scale]).to(device)
-    table = torch.tensor([[0, 1, 2] + [0] * 7 + [1]], device=device)
+    table = torch.tensor([[0, 1, 2, *ONE_BIT, *ONE_BIT]], device=device)
     x = torch.tensor([[1.0, 2.0, 4.0]], device=device)
     slots = as_slots([0], device)
     assert ops.delta_gemm(x, arena, table, slots, out_features=2).tolist() == [[1.5, -1.5]]
@@ -251,9 +281,10 @@ def test_slices_at_panels_are_views_of_the_same_words(device, n):
         part = slice(first, min(first + PANEL, n))
         v_table, u_table = bank.table.clone(), bank.table.clone()
         for row, delta in enumerate(deltas):
-            before = first // 32 * sum(b * c for b, c in zip(WIDTHS, delta.counts, strict=True))
-            v_table[row, ops.TABLE_V_OFFSET] += before
-            u_table[row, ops.TABLE_U_OFFSET] += before
+            v_words, u_words = (sum(b * c for b, c in zip(WIDTHS, counts, strict=True))
+                                for counts in (delta.v_counts, delta.u_counts))
+            v_table[row, ops.TABLE_V_OFFSET] += first // 32 * v_words
+            u_table[row, ops.TABLE_U_OFFSET] += first // 32 * u_words
             words = factor_words(delta.sliced(inputs=part).V)
             start = v_table[row, ops.TABLE_V_OFFSET]
             assert bank.arena[start : start + words.numel()].cpu().equal(words)

@@ -36,7 +36,8 @@ def test_a_part_is_these_rows_and_columns_of_the_delta(rows, columns):
     whole = packed(320, 600)
     part = part_of(whole, torch.tensor(list(rows), dtype=torch.int64),
                    torch.tensor(list(columns)))
-    assert part.shape == (len(rows), len(columns)) and part.counts == whole.counts
+    assert part.shape == (len(rows), len(columns)) and part.v_counts == whole.v_counts
+    assert part.u_counts == whole.u_counts != whole.v_counts
     assert torch.equal(part.scales, whole.scales)
     for found, codes, kept in zip(codes_of(part), codes_of(whole), (columns, rows), strict=True):
         assert torch.equal(found, codes[:, torch.tensor(list(kept), dtype=torch.int64)])
@@ -44,9 +45,9 @@ def test_a_part_is_these_rows_and_columns_of_the_delta(rows, columns):
 
 def codes_of(delta):
     """V's codes and U's, a component a row."""
-    end = ops.v_words(delta.shape[1], delta.counts)
-    return (unpack_factor(delta.words[:end], delta.counts, delta.shape[1]),
-            unpack_factor(delta.words[end:], delta.counts, delta.shape[0]))
+    end = ops.v_words(delta.shape[1], delta.v_counts)
+    return (unpack_factor(delta.words[:end], delta.v_counts, delta.shape[1]),
+            unpack_factor(delta.words[end:], delta.u_counts, delta.shape[0]))
 
 
 OUTS = (96, 48, 48)
@@ -135,11 +136,14 @@ def assert_deltas(found, x, deltas, workers=1):
 
 def product(matrix, x):
     """Δ̂ x in float64, and the same with every product by its absolute value."""
-    V, U = codes_of(matrix)
-    widths = [bits for bits, count in matrix.widths.items() for _ in range(count)]
-    odd = 2.0 ** torch.tensor(widths).double()[:, None] - 1
-    U, V = (2 * U.double() - odd) * matrix.scales.double()[:, None], 2 * V.double() - odd
+    V, U = (2 * codes.double() - (2.0 ** lane_bits(widths) - 1)[:, None] for codes, widths in
+            zip(codes_of(matrix), (matrix.v_widths, matrix.u_widths), strict=True))
+    U = U * matrix.scales.double()[:, None]
     return U.T @ (V @ x.double()), U.abs().T @ (V.abs() @ x.double().abs())
+
+
+def lane_bits(widths):
+    return torch.tensor([bits for bits, count in widths.items() for _ in range(count)]).double()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -263,9 +263,9 @@ def test_a_folder_says_what_is_transposed_in_a_version_of_its_own(lopsided, tmp_
     assert set(manifest.transposed) == {
         "model.layers.*.mlp.experts.gate_up_proj.*", "model.layers.*.mlp.experts.down_proj.*"}
     body = json.loads((lopsided / "delta" / "delta_config.json").read_text())
-    assert body["format_version"] == 2
-    for change, words in (({"format_version": 1}, "format_version 1, this adamix reads 2"),
-                          ({"transposed": []}, "format_version 2, this adamix reads 1"),
+    assert body["format_version"] == 4
+    for change, words in (({"format_version": 3}, "format_version 3, this adamix reads 4"),
+                          ({"transposed": []}, "format_version 4, this adamix reads 3"),
                           ({"transposed": ["x"]}, "transposed is not in compressed")):
         (tmp_path / "delta_config.json").write_text(json.dumps(body | change))
         with pytest.raises(DeltaFileError, match=words):

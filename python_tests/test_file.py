@@ -30,18 +30,23 @@ UP = "model.layers.*.up.weight"
 DELTA, CONFIG, INDEX = "delta.safetensors", "delta_config.json", "delta.safetensors.index.json"
 
 
+COUNTS = [((0, 0, 1, 0, 0, 2, 0, 0), (0, 0, 0, 0, 2, 1, 0, 0)),  # of V, of U
+          ((1, 0, 0, 0, 0, 0, 3, 1), (1, 0, 0, 0, 2, 0, 2, 0)),
+          ((0, 0, 0, 0, 1, 0, 0, 0), (0, 0, 0, 1, 0, 0, 0, 0))]
+
+
 def packed(out, n, counts, seed):
     generator = torch.Generator().manual_seed(seed)
-    length = ops.v_words(n, counts) + ops.u_words(out, counts)
+    length = ops.v_words(n, counts[0]) + ops.u_words(out, counts[1])
     words = torch.randint(-2**31, 2**31, (length,), generator=generator).to(torch.int32)
-    return PackedDelta(words, torch.rand(sum(counts), generator=generator), counts, (out, n))
+    return PackedDelta(words, torch.rand(sum(counts[0]), generator=generator), *counts, (out, n))
 
 
 def small_delta():
     """Two layers of one kind, a head, norms, a scalar of another dtype, and extra rows."""
-    matrices = {"model.layers.0.up.weight": packed(40, 33, (0, 0, 1, 0, 0, 2, 0, 0), 0),
-                "model.layers.1.up.weight": packed(40, 33, (1, 0, 0, 0, 0, 0, 3, 1), 1),
-                "lm_head.weight": packed(50, 33, (0, 0, 0, 0, 1, 0, 0, 0), 2)}
+    matrices = {"model.layers.0.up.weight": packed(40, 33, COUNTS[0], 0),
+                "model.layers.1.up.weight": packed(40, 33, COUNTS[1], 1),
+                "lm_head.weight": packed(50, 33, COUNTS[2], 2)}
     whole = {"model.layers.0.norm.weight": torch.rand(33).bfloat16(),
              "model.layers.1.norm.weight": torch.rand(33).bfloat16(),
              "steps": torch.tensor(7)}
@@ -60,7 +65,8 @@ def assert_same(got, expected):
     assert got.matrices.keys() == expected.matrices.keys()
     for name, matrix in expected.matrices.items():
         other = got.matrices[name]
-        assert (other.counts, other.shape) == (matrix.counts, matrix.shape)
+        assert (other.v_counts, other.u_counts, other.shape) == (
+            matrix.v_counts, matrix.u_counts, matrix.shape)
         assert torch.equal(other.words, matrix.words) and torch.equal(other.scales, matrix.scales)
     for ours, theirs in ((got.whole, expected.whole), (got.extra_rows, expected.extra_rows)):
         assert ours.keys() == theirs.keys()
@@ -80,18 +86,19 @@ def folder(tmp_path):
 
 def test_names_shapes_and_dtypes_of_the_file(folder):
     tensors = load_file(folder / DELTA)
-    words = [ops.v_words(33, counts) + ops.u_words(40, counts)
-             for counts in ((0, 0, 1, 0, 0, 2, 0, 0), (1, 0, 0, 0, 0, 0, 3, 1))]
+    words = [ops.v_words(33, v_counts) + ops.u_words(40, u_counts)
+             for v_counts, u_counts in COUNTS[:2]]
     assert {name: (list(t.shape), t.dtype) for name, t in tensors.items()} == {
         f"{UP}.words": ([sum(words)], torch.int32), f"{UP}.scales": ([8], torch.float32),
-        f"{UP}.counts": ([2, 8], torch.int32),
-        "lm_head.weight.words": ([4 * 4], torch.int32),
+        f"{UP}.counts": ([2, 16], torch.int32),
+        "lm_head.weight.words": ([2 * 4 + 2 * 5], torch.int32),
         "lm_head.weight.scales": ([1], torch.float32),
-        "lm_head.weight.counts": ([1, 8], torch.int32),
+        "lm_head.weight.counts": ([1, 16], torch.int32),
         "whole:model.layers.*.norm.weight": ([2, 33], torch.bfloat16),
         "whole:steps": ([1], torch.int64), "rows:lm_head.weight": ([2, 33], torch.bfloat16)}
-    assert tensors[f"{UP}.counts"].tolist()[1] == [1, 0, 0, 0, 0, 0, 3, 1]
-    assert words == [(6 + 3 + 3) * 4, (8 + 2 * 3 + 1) * 4]
+    assert tensors[f"{UP}.counts"].tolist()[1] == [1, 0, 0, 0, 0, 0, 3, 1, 1, 0, 0, 0, 2, 0, 2, 0]
+    assert words == [2 * (6 + 3 + 3) + 2 * (4 + 4 + 3),
+                     2 * (8 + 3 * 2 + 1) + 2 * (8 + 2 * 4 + 2 * 2)]
     delta = small_delta()
     assert delta.nbytes == sum(t.nbytes for t in tensors.values())
     assert delta_bytes(folder) == sum(p.stat().st_size for p in folder.iterdir())
@@ -101,7 +108,7 @@ def test_the_config_says_its_versions_and_keeps_one_line_an_entry(folder):
     text = (folder / CONFIG).read_text()
     body = json.loads(text)
     assert (body["format"], body["format_version"], body["layout_version"]) == (
-        "adamix", 1, ops.LAYOUT_VERSION)
+        "adamix", 3, ops.LAYOUT_VERSION)
     assert f'  "{UP}": [40, 33, "0-1"],\n' in text and text.endswith("]\n}\n")
     assert body["finetuned"] == "/models/ä"
     assert body["equal"] == {"model.layers.*.down.weight": "0-1"}
@@ -211,9 +218,10 @@ def recount(row, column, by):
 KINDS = {UP: [40, 33, "0-1"], "lm_head.weight": [50, 33, ""]}
 BROKEN = {
     "other format": (edit(format="gguf"), ["gguf"]),
-    "newer format": (edit(format_version=2), ["format_version 2", "reads 1"]),
+    "newer format": (edit(format_version=5), ["format_version 5", "reads 3"]),
+    "older format": (edit(format_version=1), ["format_version 1", "reads 3", "compress again"]),
     "newer layout": (edit(layout_version=99), ["layout_version 99"]),
-    "older layout": (edit(layout_version=1), ["layout_version 1, this adamix reads 2"]),
+    "older layout": (edit(layout_version=1), ["layout_version 1, this adamix reads 3"]),
     "no fingerprint": (forget("fingerprint"), [CONFIG, "fingerprint"]),
     "no kinds": (forget("compressed"), ["compressed"]),
     "kinds as a list": (edit(compressed=[]), []),
@@ -239,10 +247,14 @@ BROKEN = {
     "no counts": (drop(f"{UP}.counts"), [f"{UP}.counts"]),
     "no norms": (drop("whole:model.layers.*.norm.weight"), ["whole:model.layers.*.norm.weight"]),
     "a tensor more": (lambda tensors, body: tensors.update(x=torch.ones(2)), ["x"]),
-    "a count more": (recount(0, 5, 1), ["40 x 33"]),
-    "a count less": (recount(1, 6, -1), [UP, "counts"]),
-    "a negative count": (recount(0, 0, -1), ["layers.0"]),
-    "a huge count": (recount(0, 5, 2**31 - 9), []),
+    "a row of V more": (recount(0, 5, 1), ["layers.0.up", "V's rows", "U's columns"]),
+    "a row of V less": (recount(1, 6, -1), ["layers.1.up", "V's rows", "U's columns"]),
+    "a column of U more": (recount(1, 15, 1), ["layers.1.up", "V's rows", "U's columns"]),
+    "a component more": (recount(0, (5, 12), 1), ["40 x 33"]),
+    "a component less": (recount(1, (6, 14), -1), [UP, "counts"]),
+    "a negative count": (recount(0, (0, 8), -1), ["layers.0"]),
+    "a negative count of U": (recount(0, (8, 12), torch.tensor([-1, 1])), ["layers.0"]),
+    "a huge count": (recount(0, (5, 13), 2**31 - 9), []),
     "a word more": (retype(f"{UP}.words", lambda t: torch.cat([t, t[:1]])), [UP, "words"]),
     "a word less": (retype(f"{UP}.words", lambda t: t[:-1].clone()), []),
     "a scale less": (retype(f"{UP}.scales", lambda t: t[:-1].clone()), []),
@@ -253,7 +265,8 @@ BROKEN = {
     "counts as floats": (retype(f"{UP}.counts", lambda t: t.float()), []),
     "counts of 64 bits": (retype(f"{UP}.counts", lambda t: t.long()), []),
     "counts in a row": (retype(f"{UP}.counts", lambda t: t[0].clone()), []),
-    "counts of nine": (retype(f"{UP}.counts", lambda t: torch.cat([t, t[:, :1]], 1)), []),
+    "counts of V alone": (retype(f"{UP}.counts", lambda t: t[:, :8].clone()), ["layers.0"]),
+    "counts of seventeen": (retype(f"{UP}.counts", lambda t: torch.cat([t, t[:, :1]], 1)), []),
     "words in two rows": (retype(f"{UP}.words", lambda t: t.view(2, -1).clone()), []),
     "scales in two rows": (retype(f"{UP}.scales", lambda t: t.view(2, -1).clone()), []),
     "a norm for all": (retype("whole:steps", lambda t: t[0].clone()), []),

@@ -50,8 +50,9 @@ def test_a_kind_adds_up_its_layers():
     assert kind.bytes == packed[0].nbytes + packed[1].nbytes
     assert kind.bits_per_weight == pytest.approx(8 * kind.bytes / (2 * 96 * 64))
     assert kind.mean_rank == (packed[0].rank + packed[1].rank) / 2
-    assert sum(kind.widths.values()) == 2 * kind.mean_rank
-    assert kind.widths[3] == log[names[0]].bits_3 + log[names[1]].bits_3 > 0
+    assert sum(kind.v_widths.values()) == sum(kind.u_widths.values()) == 2 * kind.mean_rank
+    assert kind.v_widths[3] == log[names[0]].v_bits_3 + log[names[1]].v_bits_3 > 0
+    assert kind.u_widths[3] == log[names[0]].u_bits_3 + log[names[1]].u_bits_3 > 0
     errors = [log[name].relative_error for name in names]
     assert kind.mean_error == pytest.approx(sum(errors) / 2) and kind.worst_error == max(errors)
 
@@ -85,7 +86,9 @@ def test_an_inspection_is_json():
     found = inspect(compressed_pair().delta)
     body = json.loads(json.dumps(found.to_dict()))
     assert body["bytes"] == found.bytes and body["ratio"] == found.ratio
-    assert body["kinds"][0]["widths"] == {str(b): n for b, n in found.kinds[0].widths.items()}
+    kind = found.kinds[0]
+    assert body["kinds"][0]["v_widths"] == {str(b): n for b, n in kind.v_widths.items()}
+    assert body["kinds"][0]["u_widths"] == {str(b): n for b, n in kind.u_widths.items()}
     assert body["config"]["bits_per_weight"] == 3.0 and body["calibration"]["source"] == "self"
 
 

@@ -24,20 +24,22 @@ from adamix.storage.log import (
     write_tokens,
 )
 
-ROW = MatrixRow("model.layers.3.up.weight", "model.layers.*.up.weight", 64, 48, 3, 1, 0, 0, 0, 2, 0,
-                0, 0, 224, 0.583333, 0.0123457, 1.5)
+V_COUNTS, U_COUNTS = (1, 0, 0, 0, 2, 0, 0, 0), (0, 1, 0, 0, 0, 1, 1, 0)
+ROW = MatrixRow("model.layers.3.up.weight", "model.layers.*.up.weight", 64, 48, 3, *V_COUNTS,
+                *U_COUNTS, 224, 0.583333, 0.0123457, 1.5)
 GOLDEN = (
-    "name,kind,out_features,in_features,rank,bits_8,bits_7,bits_6,bits_5,bits_4,bits_3,bits_2,"
-    "bits_1,bytes,bits_per_weight,relative_error,seconds\r\n"
-    "model.layers.3.up.weight,model.layers.*.up.weight,64,48,3,1,0,0,0,2,0,0,0,224,0.583333,"
-    "0.0123457,1.5\r\n")
+    "name,kind,out_features,in_features,rank,v_bits_8,v_bits_7,v_bits_6,v_bits_5,v_bits_4,"
+    "v_bits_3,v_bits_2,v_bits_1,u_bits_8,u_bits_7,u_bits_6,u_bits_5,u_bits_4,u_bits_3,u_bits_2,"
+    "u_bits_1,bytes,bits_per_weight,relative_error,seconds\r\n"
+    "model.layers.3.up.weight,model.layers.*.up.weight,64,48,3,1,0,0,0,2,0,0,0,0,1,0,0,0,1,1,0,224,"
+    "0.583333,0.0123457,1.5\r\n")
 
 
 def test_the_log_to_the_letter_and_back(tmp_path):
     write_log(tmp_path, [ROW])
     assert (tmp_path / LOG_FILE).read_bytes().decode() == GOLDEN
     assert read_log(tmp_path) == [ROW]
-    assert ROW.counts == (1, 0, 0, 0, 2, 0, 0, 0)
+    assert (ROW.v_counts, ROW.u_counts) == (V_COUNTS, U_COUNTS)
 
 
 def test_rows_keep_their_order_and_figures_six_digits(tmp_path):
@@ -50,11 +52,12 @@ def test_rows_keep_their_order_and_figures_six_digits(tmp_path):
 
 
 def test_a_row_says_what_the_packed_matrix_is():
-    counts = (1, 0, 0, 0, 2, 0, 0, 0)
-    words = torch.zeros((8 + 2 * 4) * (2 + 2), dtype=torch.int32)
-    row = MatrixRow.of(ROW.name, PackedDelta(words, torch.ones(3), counts, (64, 48)), 0.25, 2.0)
+    words = torch.zeros(2 * (8 + 2 * 4) + 2 * (7 + 3 + 2), dtype=torch.int32)
+    packed = PackedDelta(words, torch.ones(3), V_COUNTS, U_COUNTS, (64, 48))
+    row = MatrixRow.of(ROW.name, packed, 0.25, 2.0)
     assert (row.kind, row.out_features, row.in_features, row.rank) == (ROW.kind, 64, 48, 3)
-    assert (row.counts, row.bytes) == (counts, 4 * (64 + 3 + 8))
+    assert (row.v_counts, row.u_counts) == (V_COUNTS, U_COUNTS)
+    assert row.bytes == packed.nbytes == 4 * (56 + 3 + 16)
     assert (row.bits_per_weight, row.relative_error, row.seconds) == (8 * 300 / 3072, 0.25, 2.0)
 
 
@@ -63,7 +66,8 @@ def test_a_compressions_log_has_a_row_a_matrix_that_agrees_with_the_file():
     rows, matrices = {row.name: row for row in read_log(folder)}, read_delta(folder).matrices
     assert list(rows) == sorted(matrices)
     for name, packed in matrices.items():
-        assert (rows[name].counts, rows[name].bytes) == (packed.counts, packed.nbytes)
+        assert (rows[name].v_counts, rows[name].u_counts) == (packed.v_counts, packed.u_counts)
+        assert rows[name].bytes == packed.nbytes
         assert (rows[name].out_features, rows[name].in_features) == packed.shape
 
 

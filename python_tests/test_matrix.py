@@ -38,17 +38,23 @@ def dequantized(result):
     """Û_int · diag(scales) · V̂_int in float64, from the codes alone."""
     q = result.delta
     approximation = np.zeros((q.U_codes.shape[1], q.V_codes.shape[1]))
-    bits, scales = q.bits.tolist(), q.scales.tolist()
-    for U, V, b, scale in zip(q.U_codes, q.V_codes, bits, scales, strict=True):
-        approximation += scale * np.outer(levels(b)[U.numpy()], levels(b)[V.numpy()])
+    lanes = zip(q.U_codes, q.V_codes, q.u_bits.tolist(), q.v_bits.tolist(), q.scales.tolist(),
+                strict=True)
+    for U, V, u, v, scale in lanes:
+        approximation += scale * np.outer(levels(u)[U.numpy()], levels(v)[V.numpy()])
     return approximation
+
+
+def pairs_of(result):
+    return list(zip(result.delta.v_bits.tolist(), result.delta.u_bits.tolist(), strict=True))
 
 
 def spent(result):
     """32 codes of b bits are b words of 32 bits; a scale is one more."""
     q = result.delta
-    blocks = sum(-(-codes.shape[1] // 32) for codes in (q.U_codes, q.V_codes))
-    return sum(32 * (b * blocks + 1) for b in q.bits.tolist())
+    u_blocks, v_blocks = (-(-codes.shape[1] // 32) for codes in (q.U_codes, q.V_codes))
+    return sum(32 * (u * u_blocks + v * v_blocks + 1)
+               for u, v in zip(q.u_bits.tolist(), q.v_bits.tolist(), strict=True))
 
 
 # --- size --------------------------------------------------------------------------------------
@@ -58,6 +64,7 @@ def test_component_bits_counts_whole_blocks_in_both_factors_and_the_scale():
     assert component_bits((32, 32), 1) == 32 + 32 + 32
     assert component_bits((33, 31), 3) == 2 * 96 + 96 + 32
     assert component_bits((3584, 18944), 2) == 2 * (3584 + 18944) + 32
+    assert component_bits((33, 31), 3, 5) == 5 * 64 + 3 * 32 + 32  # V's row, then U's column
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (33, 31), (31, 33), (1, 64), (64, 1)])
@@ -68,7 +75,8 @@ def test_the_budget_is_held_and_not_left_lying(shape, bits_per_weight):
     result = compress(delta, X, Config(), budget_bits=budget)
     assert 0 < spent(result) <= budget
     one_bit_more = component_bits(shape, 1) - 32  # for one component: what could still be bought
-    everything = result.delta.rank == min(shape) and (result.delta.bits == 8).all()
+    everything = result.delta.rank == min(shape) and all(
+        (bits == 8).all() for bits in (result.delta.u_bits, result.delta.v_bits))
     # Some two candidate steps at most stay unbought: a plan with more room would not be optimal.
     assert everything or budget - spent(result) < 2 * one_bit_more + 32
 
@@ -78,7 +86,8 @@ def test_without_a_budget_of_its_own_a_matrix_gets_the_configured_one():
     config = Config(bits_per_weight=0.75)
     default = compress(delta, X, config)
     given = compress(delta, X, Config(), budget_bits=int(0.75 * delta.size))
-    assert torch.equal(default.delta.bits, given.delta.bits)
+    assert torch.equal(default.delta.v_bits, given.delta.v_bits)
+    assert torch.equal(default.delta.u_bits, given.delta.u_bits)
     assert torch.equal(default.delta.V_codes, given.delta.V_codes)
     candidates = int(0.75 * delta.size) // component_bits(delta.shape, 2)
     assert default.errors.shape == (candidates, 8)
@@ -91,7 +100,7 @@ def test_at_most_max_widths_are_in_use_0_bits_counted(max_widths):
     delta, X = layer(96, 128)
     result = compress(delta, X, Config(bits_per_weight=1.5, max_widths=max_widths))
     left_out = result.delta.rank < len(result.singular_values)
-    assert len(result.delta.bits.unique()) + left_out <= max_widths
+    assert len(set(pairs_of(result))) + left_out <= max_widths
 
 
 def test_a_budget_too_small_is_refused_with_the_bits_that_it_takes():
@@ -99,7 +108,7 @@ def test_a_budget_too_small_is_refused_with_the_bits_that_it_takes():
     cheapest = component_bits((33, 31), 2)
     with pytest.raises(ValueError, match=f"{cheapest - 1} bits.*33 x 31.*{cheapest} bits"):
         compress(delta, X, Config(), budget_bits=cheapest - 1)
-    assert compress(delta, X, Config(), budget_bits=cheapest).delta.bits.tolist() == [2]
+    assert compress(delta, X, Config(), budget_bits=cheapest).delta.v_bits.tolist() == [2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -115,19 +124,20 @@ def test_a_delta_that_is_not_finite_is_refused(bad):
 
 def test_components_come_by_width_then_by_index_with_the_first_passs_codes():
     delta, X = layer(96, 128)
-    config = Config(bits_per_weight=1.1, passes=1, svd_damping=0.0, unbiased=False)
+    config = Config(bits_per_weight=1.1, passes=1, svd_damping=0.0, unbiased=False,
+                    separate_widths=False)
     result = compress(delta, X, config)
     H = hessian(torch.from_numpy(X @ X.T), config.damping)
     costs = [*(component_bits((96, 128), b) for b in config.bit_widths), 0]
     plan = allocate(result.errors, costs, config.budget_bits((96, 128))).tolist()
     width = [[*config.bit_widths, 0][k] for k in plan]
     order = sorted((i for i in range(len(width)) if width[i]), key=lambda i: (-width[i], i))
-    assert result.delta.bits.tolist() == [width[i] for i in order]
+    assert pairs_of(result) == [(width[i], width[i]) for i in order]
     assert len(set(width)) >= 4 and order != sorted(order)  # a case where the sorting shows
 
     factors = decompose(torch.from_numpy(delta), H, len(plan))
     simulation = simulate(factors, H, config.bit_widths)
-    V_hat = simulation.rows_at(torch.tensor(order), result.delta.bits)
+    V_hat = simulation.rows_at(torch.tensor(order), result.delta.v_bits)
     assert torch.equal(result.delta.V_codes, V_hat.codes)
 
 
@@ -208,7 +218,8 @@ def test_the_unit_of_the_gram_matrix_changes_nothing():
     expected = compress(delta, X, config).delta
     for unit in (1e-12, 2.0**-40, 2.0**40, 1e12):
         got = compress(delta, X, config, unit=unit).delta
-        assert torch.equal(got.bits, expected.bits)
+        assert torch.equal(got.v_bits, expected.v_bits)
+        assert torch.equal(got.u_bits, expected.u_bits)
         assert torch.equal(got.U_codes, expected.U_codes)
         assert torch.equal(got.V_codes, expected.V_codes)
         # fp64 rounding of the normalised Gram matrix may move a scale by one fp32 step.
@@ -218,7 +229,7 @@ def test_the_unit_of_the_gram_matrix_changes_nothing():
 def test_the_same_inputs_give_the_same_bits():
     delta, X = layer(96, 128)
     one, two = (compress(delta, X, Config(bits_per_weight=1.0)).delta for _ in range(2))
-    for field in ("U_codes", "V_codes", "bits", "scales"):
+    for field in ("U_codes", "V_codes", "u_bits", "v_bits", "scales"):
         assert torch.equal(getattr(one, field), getattr(two, field))
 
 
@@ -261,7 +272,10 @@ def test_fewer_tokens_than_components_leave_everything_finite(tokens):
 def test_a_delta_of_rank_1_is_one_component_at_its_full_width(shape):
     delta, X = layer(*shape, rank=1)
     result = compress(delta, X, Config(), budget_bits=2 * component_bits(shape, 8))
-    assert result.delta.bits.tolist() == [8]
+    # A lane of a single number is exact at every width.
+    bits = zip(shape, (result.delta.u_bits, result.delta.v_bits), strict=True)
+    assert all(width.tolist() == [8] for size, width in bits if size > 1)
+    assert result.delta.rank == 1
     assert output_error(delta, dequantized(result), X) < 4e-4  # 1e-4 for each factor, some slack
 
 

@@ -19,19 +19,20 @@ KEYWORDS = {"delta_embedding": {"dtype": torch.bfloat16}}
 IN, OUT, TOKENS = 40, 35, 6
 OUTS = [OUT, OUT, 20]
 SLOTS = [0, 2, -1, 1, 2, 7]
-COUNTS = [1, 0, 0, 2, 0, 3, 0, 2]  # at 8, 7 .. 1 bits
-RANK = sum(COUNTS)
+V_COUNTS = [1, 0, 0, 2, 0, 3, 0, 2]  # at 8, 7 .. 1 bits
+U_COUNTS = [0, 2, 2, 0, 0, 1, 3, 0]
+RANK = sum(V_COUNTS)
 
 
 def random_bank() -> tuple[Tensor, Tensor]:
     """Any words are codes: two slots of one delta's size, an empty one between them."""
-    v, u = ops.v_words(IN, COUNTS), ops.u_words(OUT, COUNTS)
+    v, u = ops.v_words(IN, V_COUNTS), ops.u_words(OUT, U_COUNTS)
     delta = v + u + RANK
     arena = torch.randint(-(2**31), 2**31, (2 * delta,), dtype=torch.int32)
     for first in (v + u, delta + v + u):
         arena[first : first + RANK] = (1e-4 * torch.randn(RANK)).view(torch.int32)
-    rows = [[0, v, v + u, *COUNTS], [0] * ops.TABLE_COLUMNS]
-    rows.append([delta, delta + v, delta + v + u, *COUNTS])
+    rows = [[0, v, v + u, *V_COUNTS, *U_COUNTS], [0] * ops.TABLE_COLUMNS]
+    rows.append([delta, delta + v, delta + v + u, *V_COUNTS, *U_COUNTS])
     return arena, torch.tensor(rows)
 
 
@@ -316,7 +317,7 @@ REFUSALS = [
     ("delta_gemm", {"at1": lambda t: t.float()}, "arena must be int32, got float32"),
     ("delta_gemm", {"at1": lambda t: t[None]}, "arena must have 1 dimensions"),
     ("delta_gemm", {"at2": lambda t: t.int()}, "table must be int64, got int32"),
-    ("delta_gemm", {"at2": lambda t: t[:, :10]}, r"table must be 11 .*got shape \[3, 10\]"),
+    ("delta_gemm", {"at2": lambda t: t[:, :11]}, r"table must be 19 .*got shape \[3, 11\]"),
     ("delta_gemm", {"at3": lambda t: t.long()}, "slots must be int32, got int64"),
     ("delta_gemm", {"at3": lambda t: t[:5]}, r"slots must be 6 \(tokens of x\)"),
     ("delta_gemm", {"at4": -1}, "out_features must not be negative, got -1"),
@@ -328,6 +329,9 @@ REFUSALS = [
     ("delta_gemm", {"at2": table_with(2, 2**63 - 1)}, "table row 2 does not fit"),
     ("delta_gemm", {"at2": table_with(3, -1)}, "table row 2 does not fit"),
     ("delta_gemm", {"at2": table_with(10, 2**62)}, "table row 2 does not fit"),
+    ("delta_gemm", {"at2": table_with(11, -1)}, "table row 2 does not fit"),
+    ("delta_gemm", {"at2": table_with(18, 2**62)}, "table row 2 does not fit"),
+    ("delta_gemm", {"at2": table_with(17, 2)}, "table row 2 has 8 lanes of V and 7 of U, expected"),
     ("delta_gemm_", {"at0": lambda t: t.half()}, "y must be float32, got float16"),
     ("delta_gemm_", {"at0": lambda t: t[0]}, r"y must have 2 dimensions, \[tokens, out\]"),
     ("delta_gemm_", {"at1": lambda t: t.int()}, "x must be .* or float32, got int32"),

@@ -9,6 +9,7 @@ import torch
 from tiny_models import compressed_pair
 
 from adamix import plots
+from adamix.artifacts import PackedDelta
 from adamix.errors import DeltaFileError
 from adamix.plots import (
     allocation_figure,
@@ -22,7 +23,7 @@ from adamix.plots import (
 from adamix.storage.file import read_delta
 from adamix.storage.log import read_spectra
 
-COUNTS_BYTES = 32  # a matrix's row in the file's table, which no width owns
+COUNTS_BYTES = 64  # a matrix's row in the file's table, which no width owns
 
 
 def png_size(path):
@@ -48,6 +49,15 @@ def test_a_png_gets_the_bits_by_layer_alone(tmp_path):
 def test_the_bytes_of_the_widths_are_those_of_the_matrix():
     for packed in read_delta(compressed_pair().delta).matrices.values():
         assert sum(width_bytes(packed).values()) == packed.nbytes - COUNTS_BYTES
+
+
+def test_a_scale_goes_with_its_row_of_v():
+    v_counts, u_counts = (0, 0, 0, 2, 0, 1, 0, 0), (0, 0, 0, 0, 1, 2, 0, 0)
+    words = torch.zeros(3 * (5 + 5 + 3) + 2 * (4 + 3 + 3), dtype=torch.int32)  # 70 and 40 codes
+    packed = PackedDelta(words, torch.ones(3), v_counts, u_counts, (40, 70))
+    assert width_bytes(packed) == {5: 4 * 2 * (3 * 5 + 1), 4: 4 * 2 * 4,
+                                   3: 4 * (3 * 3 + 1) + 4 * 2 * 2 * 3}
+    assert sum(width_bytes(packed).values()) == packed.nbytes - COUNTS_BYTES
 
 
 def test_bars_stack_to_the_bytes_of_each_layer():

@@ -1,5 +1,7 @@
 """share_out: one budget for all matrices, kept, spent where it pays, and resumed like the rest."""
 
+import itertools
+
 import pytest
 import torch
 from test_pipeline import CONFIG, assert_same_files
@@ -10,6 +12,7 @@ from tiny_models import one_thread as one_thread
 from adamix import matrices
 from adamix.compression.hessian import hessian, identity
 from adamix.compression.matrix import component_bits
+from adamix.compression.pairs import equal_pairs
 from adamix.compression.share import LOSSES, SPREAD, energies, share_out
 from adamix.config import Config
 from adamix.errors import MemoryLimitError
@@ -48,10 +51,13 @@ def test_only_the_relation_of_row_weights_counts():
 # --- sharing out -------------------------------------------------------------------------------
 
 
-def shares(*spectra, even=40_000, widths=WIDTHS):
+PAIRS = list(itertools.product(WIDTHS, WIDTHS))
+
+
+def shares(*spectra, even=40_000, pairs=PAIRS):
     names = [f"m{i}" for i in range(len(spectra))]
     found = share_out(dict(zip(names, spectra, strict=True)), dict.fromkeys(names, SHAPE),
-                      dict.fromkeys(names, even), widths)
+                      dict.fromkeys(names, even), pairs)
     return [found[name] for name in names]
 
 
@@ -70,20 +76,23 @@ def test_what_loses_more_gets_more_and_the_sum_is_kept():
     assert low + high >= 0.97 * 2 * (40_000 - STEP)
 
 
-def test_no_plan_within_the_budget_predicts_less_error():
-    """Against all splits of the budget in two, each spent by a price of its own."""
-    spectra, costs = (falling(), falling(5.0, 1.0)), [*(component_bits(SHAPE, b) for b in WIDTHS)]
-    losses = torch.tensor([*(LOSSES[b] for b in WIDTHS), 1.0], dtype=torch.float64)
+@pytest.mark.parametrize("pairs", [PAIRS, equal_pairs(WIDTHS)], ids=["pairs", "equal widths"])
+def test_no_plan_within_the_budget_predicts_less_error(pairs):
+    """Against all splits of the budget in two, each spent by a price of its own. With energies of
+    5 / k a bit of V's row k and one of U's column 3 k would be worth the very same here."""
+    spectra, costs = (falling(), falling(5.0, 1.1)), [component_bits(SHAPE, *p) for p in pairs]
+    losses = torch.tensor([*(0.5 * LOSSES[v] + LOSSES[u] for v, u in pairs), 1.0],
+                          dtype=torch.float64)
 
     def curve(values):
         """(bits, error) at every price."""
         errors, cost = values[:, None] * losses, torch.tensor([*costs, 0]).double()
-        for price in torch.logspace(-9, 0, 2000, dtype=torch.float64):
+        for price in torch.logspace(-9, 0, 20000, dtype=torch.float64):
             chosen = (errors + price * cost).argmin(dim=1)
             yield int(cost[chosen].sum()), errors.gather(1, chosen[:, None]).sum().item()
 
     curves = [dict(curve(values)) for values in spectra]
-    found = shares(*spectra)
+    found = shares(*spectra, pairs=pairs)
     ours = sum(min(error for bits, error in curve.items() if bits <= share)
                for curve, share in zip(curves, found, strict=True))
     best = min(first + second for bits, first in curves[0].items()

@@ -19,7 +19,8 @@ from adamix.artifacts import Factors
 from adamix.compression.allocate import allocate
 from adamix.compression.decompose import decompose
 from adamix.compression.hessian import hessian, identity
-from adamix.compression.matrix import component_bits, quantize_matrix
+from adamix.compression.matrix import quantize_matrix
+from adamix.compression.pairs import equal_pairs
 from adamix.compression.quantize import search_scales
 from adamix.compression.simulate import simulate
 from adamix.config import Config
@@ -44,7 +45,7 @@ def energy_of_V(factors, X):
 @pytest.mark.parametrize("include_u", [True, False])
 def test_leaving_a_component_out_costs_its_output_energy(include_u):
     factors, H, X = case()
-    errors = simulate(factors, H, (8, 3, 2), include_u=include_u).errors
+    errors = simulate(factors, H, (8, 3, 2), include_u=include_u).errors(equal_pairs((8, 3, 2)))
     assert errors.shape == (12, 4) and errors.dtype == torch.float64
     np.testing.assert_allclose(array(errors[:, 3]), energy_of_V(factors, X), rtol=1e-10)
 
@@ -59,7 +60,19 @@ def test_without_u_an_error_is_that_of_the_rounded_row_on_the_inputs():
         V_hat = array(rows.scales)[:, None] * levels(b)[rows.codes.numpy()]
         lost = array(factors.s)[:, None] * (array(factors.V) - V_hat) @ X
         # fp64 throughout; the scale's fp32 value is exact here.
-        np.testing.assert_allclose(array(simulation.errors[:, k]), (lost**2).sum(axis=1), rtol=1e-9)
+        np.testing.assert_allclose(array(simulation.v_errors[:, k]), (lost**2).sum(axis=1),
+                                   rtol=1e-9)
+    assert not simulation.u_errors.any()
+
+
+def test_a_pairs_error_is_that_of_vs_width_and_of_us():
+    factors, H, _ = case()
+    simulation = simulate(factors, H, (8, 3, 2))
+    errors = simulation.errors([(3, 8), (2, 2), (8, 3)])
+    for column, (k, j) in enumerate([(1, 0), (2, 2), (0, 1)]):
+        assert torch.equal(errors[:, column],
+                           simulation.v_errors[:, k] + simulation.u_errors[:, j])
+    assert torch.equal(errors[:, 3], simulation.whole) and errors.shape == (12, 4)
 
 
 def test_rows_at_gives_each_component_its_own_width():
@@ -89,8 +102,9 @@ def test_u_adds_the_share_that_the_stored_column_loses_of_the_output_energy(weig
     D = torch.from_numpy(np.random.default_rng(1).uniform(0.02, 1, 40)) if weighted else None
     factors, H, X = case(row_weights=D)
     widths = (6, 3, 2, 1)
-    both = simulate(factors, H, widths, row_weights=D).errors
-    v_alone = simulate(factors, H, widths, include_u=False, row_weights=D).errors
+    pairs = equal_pairs(widths)
+    both = simulate(factors, H, widths, row_weights=D).errors(pairs)
+    v_alone = simulate(factors, H, widths, include_u=False, row_weights=D).errors(pairs)
     stored = factors.U if D is None else factors.U / D.sqrt()[:, None]  # from D^½ U back to U
     columns = stored.T.float().contiguous()
     for k, b in enumerate(widths):
@@ -105,8 +119,9 @@ def test_long_gaussian_columns_lose_what_theory_says():
     rng = np.random.default_rng(2)
     U = torch.from_numpy(rng.standard_normal((2**16, 4)) / 2**8)
     factors = Factors(U, torch.ones(4).double(), torch.eye(4).double())
-    errors = simulate(factors, identity(4), (1, 2, 3, 4, 5)).errors
-    v_alone = simulate(factors, identity(4), (1, 2, 3, 4, 5), include_u=False).errors
+    pairs = [(b, b) for b in (1, 2, 3, 4, 5)]
+    errors = simulate(factors, identity(4), (1, 2, 3, 4, 5)).errors(pairs)
+    v_alone = simulate(factors, identity(4), (1, 2, 3, 4, 5), include_u=False).errors(pairs)
     measured = array((errors - v_alone)[:, :5]).mean(axis=0)
     published = [0.363, 0.119, 0.0374, 0.0115, 0.0035]
     theory = [gaussian_rounding_loss(b) for b in (1, 2, 3, 4, 5)]
@@ -114,9 +129,10 @@ def test_long_gaussian_columns_lose_what_theory_says():
     np.testing.assert_allclose(measured, theory, rtol=0.013)
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("bits_per_weight", [0.5, 1.0])
-def test_the_plans_summed_errors_predict_the_real_error(seed, bits_per_weight):
+def test_the_plans_summed_errors_predict_the_real_error(seed, bits_per_weight, separate):
     """One pass without correction is what is simulated. U V − Û V̂ = U ΔV + ΔU V − ΔU ΔV: the
     objective has the first two terms' energies. The third's is of second order, and GPTQ gains a
     little on ΔU by V̂'s rows not being exactly orthogonal: 0 to 1.5 % below, never above."""
@@ -124,13 +140,17 @@ def test_the_plans_summed_errors_predict_the_real_error(seed, bits_per_weight):
     out = n = 256
     X, delta = layer_inputs(rng, n, 512), layer_delta(rng, out, n)
     config = Config(bits_per_weight=bits_per_weight, passes=1, correction=False,
-                    svd_damping=0.0, unbiased=False)
+                    svd_damping=0.0, unbiased=False, separate_widths=separate)
     H = hessian(torch.from_numpy(X @ X.T), DAMPING)
-    result = quantize_matrix(torch.from_numpy(delta), H, config)
+    plans = []
+
+    def solve(*arguments, **options):
+        plans.append((array(arguments[0]), allocate(*arguments, **options)))
+        return plans[0][1]
+
+    result = quantize_matrix(torch.from_numpy(delta), H, config, solve=solve)
     X = damped_inputs(X, DAMPING)
-    errors = array(result.errors)
-    costs = [*(component_bits((out, n), b) for b in result.widths), 0]
-    plan = allocate(result.errors, costs, config.budget_bits((out, n)))
+    errors, plan = plans[0]
     predicted = errors[np.arange(len(plan)), plan.numpy()].sum()
     total = ((delta @ X) ** 2).sum()
     cut_off = total - errors[:, -1].sum()  # components that were no candidates
@@ -143,6 +163,6 @@ def test_a_row_of_an_orthonormal_basis_at_8_bits_is_all_but_exact():
     rng = np.random.default_rng(3)
     U, V = (torch.from_numpy(orthonormal(rng, 64, 6)) for _ in range(2))
     factors = Factors(U, torch.ones(6).double(), V.T.contiguous())
-    errors = simulate(factors, identity(64), (8,)).errors
+    errors = simulate(factors, identity(64), (8,)).errors([(8, 8)])
     assert (errors[:, 0] < 5e-4).all() and (errors[:, 0] > 5e-6).all()
     np.testing.assert_allclose(array(errors[:, 1]), 1, rtol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import mip
 import torch
 from torch import Tensor
 
+from adamix.compression.knapsack import best_plan
 from adamix.errors import SolverError, reason
 
 # The solvers' tolerances are absolute. Errors of 1e-7, as real layers have them, would pass as
@@ -24,7 +26,8 @@ FEE_HALVINGS = 30
 CBC_ALONE = threading.Lock()
 
 
-def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: int | None = None,
+def allocate(errors: Tensor, costs: Sequence[int], budget: int, *,
+             sets: Sequence[Sequence[int]] | None = None, max_choices: int | None = None,
              solver: str = "highs") -> Tensor:
     """Choose one width for each component so that the summed error is least (paper eq. 10).
 
@@ -32,7 +35,9 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: 
         errors: E `[rank, choices]`, error of component i under choice k; finite, >= 0.
         costs: bits that a component takes under each choice, the same for all components; whole.
         budget: bits in all.
-        max_choices: at most this many different choices in use (f_max), None for no limit.
+        sets: of choices, of which a plan keeps to one; None: all choices may be mixed.
+        max_choices: at most this many different choices in use (f_max), None for no limit. With
+            sets they are of the one whose linear relaxation has the least error.
         solver: "highs" or "cbc".
 
     Returns:
@@ -58,16 +63,87 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *, max_choices: 
     if rank == 0 or total == 0:
         return torch.full((rank,), min(range(choices), key=costs.__getitem__), dtype=torch.long)
     scaled = errors.double() * (OBJECTIVE_TOTAL / total)
-    if max_choices is not None:  # a plan of the greedy kind may use more, so no bound is known
-        is_open = torch.ones(errors.shape, dtype=torch.bool)
-        steps, cases = cases_of(costs, budget, is_open)
-        rows = [(costs, budget), (steps, cases[0].budget)]
-        best = _solve(scaled, is_open, rows, max_choices, solver)
+    if sets is not None:
+        if max_choices is not None:
+            sets = _sets_of_few(scaled, costs, budget, sets, max_choices)
+        best = _best_of_sets(scaled, costs, budget, sets, solver)
+    elif max_choices is not None:
+        best = _few_choices(scaled, costs, budget, max_choices, solver)
     else:
         best = _best_of_cases(scaled, costs, budget, solver)
     if best is None:
         raise RuntimeError(f"the allocation's solver ({solver}) found no plan")
     return best
+
+
+def _best_of_sets(errors: Tensor, costs: Sequence[int], budget: int, sets: Sequence[Sequence[int]],
+                  solver: str) -> Tensor | None:
+    """The best plan of all sets. Their linear relaxations are within a hundredth of a percent of
+    their best plans, so the set with the least one nearly always rules the others out."""
+    best, known = None, math.inf
+    for part in _by_bound(errors, costs, budget, sets):
+        if part.bound >= (1 - GAP) * known:
+            break
+        plan = _best_of_set(errors[:, part.chosen], part, budget, known, solver)
+        if plan is not None and _error(errors[:, part.chosen], plan) < known:
+            best, known = part.chosen[plan], _error(errors[:, part.chosen], plan)
+    return best
+
+
+@dataclass(frozen=True)
+class Part:
+    """A set of choices, with what bounds its plans from below and the price that gives it."""
+
+    chosen: Tensor
+    costs: list[int]
+    bound: float
+    price: float
+
+
+def _by_bound(errors: Tensor, costs: Sequence[int], budget: int, sets: Sequence[Sequence[int]]
+              ) -> list[Part]:
+    """The sets with plans within the budget, that of the least bound first."""
+    parts = []
+    for chosen in map(list, sets):
+        part = [costs[k] for k in chosen]
+        if len(errors) * min(part) <= budget:
+            case = Case(budget, len(errors), _kept(part))
+            bound, price, _ = _dual(errors[:, chosen], part, case)
+            parts.append(Part(torch.tensor(chosen), part, bound, price))
+    return sorted(parts, key=lambda part: part.bound)
+
+
+def _sets_of_few(errors: Tensor, costs: Sequence[int], budget: int, sets: Sequence[Sequence[int]],
+                 max_choices: int) -> list[Sequence[int]]:
+    """So many choices each of the set with the least bound."""
+    mixed = _by_bound(errors, costs, budget, sets)[0].chosen.tolist()
+    return list(itertools.combinations(mixed, min(max_choices, len(mixed))))
+
+
+def _best_of_set(errors: Tensor, part: Part, budget: int, known: float, solver: str
+                 ) -> Tensor | None:
+    """The best plan, or None where none is better than the known one."""
+    greedy = _greedy(errors, part.costs, Case(budget, len(errors), _kept(part.costs)))
+    if greedy is not None and _error(errors, greedy) < known:
+        known = _error(errors, greedy)
+        if part.bound >= (1 - GAP) * known:
+            return greedy
+    else:
+        greedy = None
+    plan, is_certain = best_plan(errors, torch.tensor(part.costs), budget, part.price, GAP * known,
+                                 known)
+    if not is_certain and (plan is None or part.bound < (1 - GAP) * _error(errors, plan)):
+        return _best_of_cases(errors, part.costs, budget, solver)
+    return greedy if plan is None else plan
+
+
+def _few_choices(errors: Tensor, costs: Sequence[int], budget: int, max_choices: int, solver: str
+                 ) -> Tensor | None:
+    # A plan of the greedy kind may use more choices, so no bound is known.
+    is_open = torch.ones(errors.shape, dtype=torch.bool)
+    steps, cases = cases_of(costs, budget, is_open)
+    rows = [(costs, budget), (steps, cases[0].budget)]
+    return _solve(errors, is_open, rows, max_choices, solver)
 
 
 def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor | None:

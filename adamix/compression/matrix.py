@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from adamix.artifacts import Factors, Hessian, Lanes, QuantizedDelta
 from adamix.compression.allocate import allocate
 from adamix.compression.correct import component_gains, component_gram, correct, solve_rows
 from adamix.compression.decompose import decompose
+from adamix.compression.pairs import Pair, columns, equal_pairs, sets_of_pairs, union
 from adamix.compression.quantize import quantize_columns, quantize_rows
 from adamix.compression.simulate import Simulation, simulate
 from adamix.config import Config
@@ -27,7 +28,7 @@ class MatrixResult:
 
     delta: QuantizedDelta
     singular_values: Tensor  # [candidates] fp64
-    errors: Tensor  # [candidates, widths + 1] fp64, as the allocation saw them
+    errors: Tensor  # [candidates, widths + 1] fp64, of V and U at the same width each
     widths: tuple[int, ...]  # of the columns of `errors` before the last, which is 0 bits
 
 
@@ -54,7 +55,9 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
     delta = delta.double()
     weighted = delta if row_weights is None else delta * row_weights.double().sqrt()[:, None]
     budget = config.budget_bits(delta.shape) if budget_bits is None else budget_bits
-    costs = [component_bits(delta.shape, b) for b in config.bit_widths]
+    sets = sets_of_pairs(config)
+    pairs = union(sets)
+    costs = [component_bits(delta.shape, v, u) for v, u in pairs]
     if budget < min(costs):
         raise BudgetError(
             f"a budget of {budget} bits is too small for one component of a {delta.shape[0]} x "
@@ -64,22 +67,23 @@ def quantize_matrix(delta: Tensor, H: Hessian, config: Config, *, budget_bits: i
                         damping=config.svd_damping)
     simulation = simulate(factors, H, config.bit_widths, include_u=config.objective == "v+u",
                           row_weights=row_weights)
-    choice = solve(simulation.errors, [*costs, 0], budget, max_choices=config.max_widths,
-                   solver=config.solver)
-    quantized = _quantize(delta, H, config, factors, simulation, choice, row_weights)
-    return MatrixResult(quantized, factors.s, simulation.errors, config.bit_widths)
+    choice = solve(simulation.errors(pairs), [*costs, 0], budget, sets=columns(sets),
+                   max_choices=config.max_widths, solver=config.solver)
+    quantized = _quantize(delta, H, config, factors, simulation, _kept(pairs, choice), row_weights)
+    return MatrixResult(quantized, factors.s, simulation.errors(equal_pairs(config.bit_widths)),
+                        config.bit_widths)
 
 
 def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simulation: Simulation,
-              choice: Tensor, row_weights: Tensor | None) -> QuantizedDelta:
+              kept: tuple[Tensor, Tensor, Tensor], row_weights: Tensor | None) -> QuantizedDelta:
     """The kept components at their widths: V, then U corrected for V's error, then both again; at
     last their scales."""
-    components, bits = _kept(simulation, choice)
+    components, v_bits, u_bits = (part.to(delta.device) for part in kept)
     if len(components) == 0:  # ΔW = 0, or nothing in it that these inputs can see
         empty = torch.empty(0, dtype=torch.uint8, device=delta.device)
-        return QuantizedDelta(empty.view(0, delta.shape[0]), empty.view(0, delta.shape[1]), bits,
-                              torch.empty(0, device=delta.device))
-    V_hat, s = simulation.rows_at(components, bits), factors.s[components]
+        return QuantizedDelta(empty.view(0, delta.shape[0]), empty.view(0, delta.shape[1]), u_bits,
+                              v_bits, torch.empty(0, device=delta.device))
+    V_hat, s = simulation.rows_at(components, v_bits), factors.s[components]
     U = factors.U[:, components]
     if row_weights is not None:
         U = U / row_weights.double().sqrt()[:, None]  # back from D^½ U to the U that is stored
@@ -88,22 +92,22 @@ def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simul
         A = s[:, None] * V_hat.dequantize()
         gram = component_gram(A, H)
         target = correct(delta, A, H, gram) if config.correction else U
-        return quantize_columns(target, bits, gram, row_weights)
+        return quantize_columns(target, u_bits, gram, row_weights)
 
     U_hat = quantize_u()
     for _ in range(config.passes - 1):
         V_star = solve_rows(delta, U_hat.dequantize().T, row_weights)
         s = torch.linalg.vector_norm(V_star, dim=1)
-        V_hat = quantize_rows(V_star / s[:, None], bits, H)
+        V_hat = quantize_rows(V_star / s[:, None], v_bits, H)
         U_hat = quantize_u()
     scales = U_hat.scales.double() * s * V_hat.scales.double()
     if config.unbiased:
         scaled = U_hat.dequantize().T * s
         if row_weights is not None:
             scaled = scaled * row_weights.double().sqrt()[:, None]
-        kept = Factors(factors.U[:, components], factors.s[components], factors.V[components])
-        scales *= component_gains(kept, scaled, V_hat.dequantize())
-    return QuantizedDelta(U_hat.codes, V_hat.codes, bits, scales.float())
+        whole = Factors(factors.U[:, components], factors.s[components], factors.V[components])
+        scales *= component_gains(whole, scaled, V_hat.dequantize())
+    return QuantizedDelta(U_hat.codes, V_hat.codes, u_bits, v_bits, scales.float())
 
 
 def _check(delta: Tensor, H: Hessian, row_weights: Tensor | None) -> None:
@@ -119,15 +123,17 @@ def _check(delta: Tensor, H: Hessian, row_weights: Tensor | None) -> None:
                          f"{list(row_weights.shape)} from {row_weights.min().item():g} on")
 
 
-def component_bits(shape: tuple[int, int], bits: int) -> int:
-    """What one component of a matrix `[out, in]` takes in the file at the given width, in bits."""
-    return 32 * sum(ops.lane_words(n, bits) for n in shape) + SCALE_BITS
+def component_bits(shape: tuple[int, int], v_bits: int, u_bits: int | None = None) -> int:
+    """What one component of a matrix `[out, in]` takes in the file, in bits: its row of V at v_bits
+    and its column of U at u_bits, the same where none are given, and its scale."""
+    u_bits = v_bits if u_bits is None else u_bits
+    return 32 * (ops.lane_words(shape[1], v_bits) + ops.lane_words(shape[0], u_bits)) + SCALE_BITS
 
 
-def _kept(simulation: Simulation, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """Components that keep any bits, by width descending, then by index; and their widths."""
-    bits = torch.tensor([*simulation.widths, 0], dtype=torch.int32)[choice]
-    order = torch.sort(bits, descending=True, stable=True).indices
-    order = order[bits[order] > 0]
-    device = simulation.errors.device
-    return order.to(device), bits[order].to(device)
+def _kept(pairs: Sequence[Pair], choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Components that keep any bits, by widths descending, then by index; their widths in V; in U.
+    """
+    order = torch.sort(choice, stable=True).indices
+    order = order[choice[order] < len(pairs)]
+    bits = torch.tensor(pairs, dtype=torch.int32)[choice[order]]
+    return order, bits[:, 0].contiguous(), bits[:, 1].contiguous()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from adamix.artifacts import Hessian
 from adamix.compression.matrix import component_bits
+from adamix.compression.pairs import Pair
 
-# What a component loses of its energy at each width. Of U: the rounding error of Gaussian entries;
-# of V, where GPTQ makes up for a part, half as much again. Over the 37 matrices of a real fine-tune
-# the shares that follow are within 3 % (at most 11 %) of those from simulated errors.
-LOSSES = {bits: 1.5 * loss for bits, loss in (
-    (8, 8.7e-5), (7, 3.0e-4), (6, 1.04e-3), (5, 3.5e-3), (4, 0.0115), (3, 0.0374), (2, 0.119),
-    (1, 0.363))}
+# What a component loses of its energy by its column of U at each width: the rounding error of
+# Gaussian entries. By its row of V, where GPTQ makes up for a part, it loses half as much. Over the
+# 37 matrices of a real fine-tune the shares that follow are within 3 % (at most 11 %) of those from
+# simulated errors.
+LOSSES = {8: 8.7e-5, 7: 3.0e-4, 6: 1.04e-3, 5: 3.5e-3, 4: 0.0115, 3: 0.0374, 2: 0.119, 1: 0.363}
+V_LOSS = 0.5
 SPREAD = 3  # times its even share that a matrix gets at most: bounds the memory that it takes
 HALVINGS = 100
 
@@ -47,10 +48,10 @@ def energies(delta: Tensor, H: Hessian, row_weights: Tensor | None = None) -> Te
 
 
 def share_out(spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]],
-              even: Mapping[str, int], widths: tuple[int, ...]) -> dict[str, int]:
+              even: Mapping[str, int], pairs: Sequence[Pair]) -> dict[str, int]:
     """Spend the bits where they lower the summed output error most.
 
-    One price λ for a bit in the whole model: every component takes the width with the least
+    One price λ for a bit in the whole model: every component takes the widths with the least
     predicted error + λ cost, and λ is the least one at which all keep to the budget (the Lagrangian
     relaxation of one integer program for all matrices). The programs of the matrices, each with
     what its components take here, are then solved on simulated errors as ever.
@@ -59,13 +60,13 @@ def share_out(spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int
         spectra: `energies` of each matrix.
         shapes: (out, in) of each.
         even: what each would get without this; together they bound the sum.
-        widths: that a component may get besides 0.
+        pairs: (bits of V, bits of U) that a component may get besides 0.
 
     Returns:
         Bits of each matrix: at least one component, at most SPREAD times `even`, and in all one
         step of width a matrix less than `even`, so that no larger file comes of it.
     """
-    tables = {name: _Table(spectra[name], shapes[name], even[name], widths) for name in spectra}
+    tables = {name: _Table(spectra[name], shapes[name], even[name], pairs) for name in spectra}
     total = sum(even[name] - table.step for name, table in tables.items())
     low, high = 0.0, max((float(values[0]) for values in spectra.values() if len(values)),
                          default=0.0)
@@ -79,14 +80,15 @@ def share_out(spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int
 
 
 class _Table:
-    """The predicted errors of one matrix's components at each width."""
+    """The predicted errors of one matrix's components at each pair of widths."""
 
-    def __init__(self, values: Tensor, shape: tuple[int, int], even: int, widths: tuple[int, ...]
+    def __init__(self, values: Tensor, shape: tuple[int, int], even: int, pairs: Sequence[Pair]
                  ) -> None:
         self.step = component_bits(shape, 2) - component_bits(shape, 1)
-        self._least, self._most = component_bits(shape, min(widths)), SPREAD * even
-        self._costs = torch.tensor([*(component_bits(shape, bits) for bits in widths), 0])
-        losses = torch.tensor([*(LOSSES[bits] for bits in widths), 1.0], dtype=torch.float64)
+        self._least, self._most = min(component_bits(shape, *p) for p in pairs), SPREAD * even
+        self._costs = torch.tensor([*(component_bits(shape, *pair) for pair in pairs), 0])
+        losses = torch.tensor([*(V_LOSS * LOSSES[v] + LOSSES[u] for v, u in pairs), 1.0],
+                              dtype=torch.float64)
         self._errors = values[:, None] * losses
 
     def spent(self, price: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,22 @@ AT_A_TIME = {"cpu": 2**18, "cuda": 2**26}
 class Simulation:
     """What each width would cost, and the codes of V that it was measured on."""
 
-    errors: Tensor  # [rank, widths + 1] fp64; the last column is 0 bits, the component left out
+    v_errors: Tensor  # [rank, widths] fp64: e_V
+    u_errors: Tensor  # [rank, widths] fp64: e_U; zeros where the objective has no U
+    whole: Tensor  # [rank] fp64: of the component left out
     widths: tuple[int, ...]
     rows: Lanes  # [widths · rank lanes]: all rows at the first width, then at the next
 
+    def errors(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """e_V + e_U `[rank, pairs + 1]` at pairs (bits of V, bits of U); the last column is 0 bits,
+        the component left out."""
+        v, u = ([self.widths.index(pair[side]) for pair in pairs] for side in (0, 1))
+        kept = self.v_errors[:, v] + self.u_errors[:, u]
+        return torch.cat([kept, self.whole[:, None]], dim=1)
+
     def rows_at(self, components: Tensor, bits: Tensor) -> Lanes:
         """The simulated rows of V for the given components, each at the width given for it."""
-        rank = self.errors.shape[0]
+        rank = self.whole.shape[0]
         position = torch.zeros(ops.MAX_BITS + 1, dtype=torch.long)
         position[list(self.widths)] = rank * torch.arange(len(self.widths))
         return self.rows.select(position.to(bits.device)[bits.long()] + components)
@@ -34,17 +44,18 @@ class Simulation:
 
 def simulate(factors: Factors, H: Hessian, widths: tuple[int, ...], *, include_u: bool = True,
              row_weights: Tensor | None = None) -> Simulation:
-    """The output error of each component at each width (paper eq. 5, and U's share).
+    """The output error of each component at each width of V (paper eq. 5) and of U.
 
     e_V[i, b] = s_i² ΔV_i H ΔV_iᵀ from a GPTQ run on all rows at all widths at once;
     e_U[i, b] = ρ_b s_i² V_i H V_iᵀ, ρ_b the share of its energy that column i of U loses when it is
-    rounded at b bits. Their sum predicts the error of the quantized matrix to about 1 %.
+    rounded at b bits. e_V at V's width and e_U at U's, summed over the components, predict the
+    error of the quantized matrix to about 1 %.
 
     Args:
         factors: of D^½ ΔW where row weights D are given.
         H: Hessian of the inputs.
         widths: the widths to try, each 1..8.
-        include_u: add e_U; without it the objective is the paper's.
+        include_u: with e_U; without it the objective is the paper's.
         row_weights: D's diagonal `[out]`; None for ones.
     """
     rank = factors.s.shape[0]
@@ -53,11 +64,12 @@ def simulate(factors: Factors, H: Hessian, widths: tuple[int, ...], *, include_u
     power = factors.s**2
     lost = (factors.V - rows.select(slice(k * rank, (k + 1) * rank)).dequantize()
             for k in range(len(widths)))  # one width at a time: they are large
-    errors = power[:, None] * torch.stack([_energy(part, H) for part in lost], dim=1)
+    v_errors = power[:, None] * torch.stack([_energy(part, H) for part in lost], dim=1)
     whole = power * _energy(factors.V, H)
+    u_errors = torch.zeros_like(v_errors)
     if include_u:
-        errors = errors + whole[:, None] * _u_losses(factors.U, widths, row_weights)
-    return Simulation(torch.cat([errors, whole[:, None]], dim=1), widths, rows)
+        u_errors = whole[:, None] * _u_losses(factors.U, widths, row_weights)
+    return Simulation(v_errors, u_errors, whole, widths, rows)
 
 
 def _each(widths: tuple[int, ...], count: int, device: torch.device) -> Tensor:

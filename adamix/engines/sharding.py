@@ -18,10 +18,10 @@ def part_of(packed: PackedDelta, rows: Tensor, columns: Tensor) -> PackedDelta:
     are views, whole blocks copies of words; else codes are packed anew.
     """
     out, n = packed.shape
-    v_words = ops.v_words(n, packed.counts)
-    V = _part(packed.words[:v_words], packed.counts, n, columns)
-    U = _part(packed.words[v_words:], packed.counts, out, rows)
-    return PackedDelta(torch.cat([V, U]), packed.scales, packed.counts,
+    v_words = ops.v_words(n, packed.v_counts)
+    V = _part(packed.words[:v_words], packed.v_counts, n, columns)
+    U = _part(packed.words[v_words:], packed.u_counts, out, rows)
+    return PackedDelta(torch.cat([V, U]), packed.scales, packed.v_counts, packed.u_counts,
                        (rows.numel(), columns.numel()))
 
 

@@ -97,7 +97,8 @@ def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> De
     end = 0
     for matrix, packed in delta.matrices.items():
         row = table[places.matrix(matrix).index]
-        row[ops.TABLE_FIRST_COUNT :] = torch.tensor(packed.counts)
+        row[ops.TABLE_FIRST_V_COUNT : ops.TABLE_FIRST_U_COUNT] = torch.tensor(packed.v_counts)
+        row[ops.TABLE_FIRST_U_COUNT :] = torch.tensor(packed.u_counts)
         v_words = _lengths(packed)[0]
         parts = (packed.words[:v_words], packed.words[v_words:], packed.scales.view(torch.int32))
         for column, part in zip(columns, parts, strict=True):
@@ -113,7 +114,7 @@ def make_image(name: str, delta: ModelDelta, places: Places, *, pin: bool) -> De
 
 
 def _lengths(packed: PackedDelta) -> tuple[int, int, int]:
-    v_words = ops.v_words(packed.shape[1], packed.counts)
+    v_words = ops.v_words(packed.shape[1], packed.v_counts)
     return v_words, packed.words.numel() - v_words, packed.rank
 
 

@@ -5,13 +5,14 @@
                                                                other, each as drawn in
                                                                csrc/layout/packed_layout.h
                                K.scales  [components] fp32     likewise
-                               K.counts  [matrices, 8] int32   components at 8, 7, .., 1 bits
+                               K.counts  [matrices, 16] int32  rows of V at 8, 7, .., 1 bits, then
+                                                               columns of U
                                whole:K   [tensors, ...]        of one kind, shape and dtype
                                rows:N    [rows, hidden]        what the base's vocabulary N lacks
     delta_config.json        what it is: versions, base and its fingerprint, config, calibration,
                              and what became of each tensor; K is a name with its numbers as "*",
-                             which stand beside it as "0-27"; kinds in "transposed" (format 2,
-                             all others are format 1) are [in, out] in a checkpoint; a K that ends
+                             which stand beside it as "0-27"; kinds in "transposed" (format 4,
+                             all others are format 3) are [in, out] in a checkpoint; a K that ends
                              in "*" has the slices, one an expert, of a tensor [experts, ..]
     compression_log.csv      a row a matrix (not needed to load)
     spectra.safetensors      singular values and simulated errors (not needed to load)
@@ -46,8 +47,8 @@ from adamix.naming import group_by_kind, read_indices
 from adamix.storage.tensors import save_tensors
 
 FORMAT = "adamix"
-FORMAT_VERSION = 1
-TRANSPOSED_VERSION = 2  # of a folder with matrices that checkpoints hold transposed; else as before
+FORMAT_VERSION = 3
+TRANSPOSED_VERSION = 4  # of a folder with matrices that checkpoints hold transposed; else as before
 DELTA_FILE = "delta.safetensors"
 INDEX_FILE = "delta.safetensors.index.json"
 CONFIG_FILE = "delta_config.json"
@@ -130,7 +131,8 @@ def delta_tensors(delta: ModelDelta) -> dict[str, Tensor]:
         packed = [delta.matrices[name] for name in names]
         tensors[f"{kind}.words"] = torch.cat([p.words for p in packed])
         tensors[f"{kind}.scales"] = torch.cat([p.scales for p in packed])
-        tensors[f"{kind}.counts"] = torch.tensor([p.counts for p in packed], dtype=torch.int32)
+        tensors[f"{kind}.counts"] = torch.tensor([p.v_counts + p.u_counts for p in packed],
+                                                dtype=torch.int32)
     traits = {name: (tensor.shape, tensor.dtype) for name, tensor in delta.whole.items()}
     for kind, names in group_by_kind(traits).items():
         tensors[f"whole:{kind}"] = torch.stack([delta.whole[name] for name in names])
@@ -269,18 +271,26 @@ def _read_matrices(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, 
             raise ValueError(f"{kind} has a scale that is NaN or Inf")
         first_word = first_scale = 0
         for name, row in zip(read_indices(kind, indices), counts.tolist(), strict=True):
-            if len(row) != ops.MAX_BITS or min(row) < 0:
-                raise ValueError(f"{name} has component counts {row}")
-            length = ops.v_words(in_features, row) + ops.u_words(out_features, row)
-            last_word, last_scale = first_word + length, first_scale + sum(row)
+            v_counts, u_counts = _read_counts(name, row)
+            length = ops.v_words(in_features, v_counts) + ops.u_words(out_features, u_counts)
+            last_word, last_scale = first_word + length, first_scale + sum(v_counts)
             matrices[name] = PackedDelta(
-                words[first_word:last_word], scales[first_scale:last_scale], tuple(row),
+                words[first_word:last_word], scales[first_scale:last_scale], v_counts, u_counts,
                 (out_features, in_features))
             first_word, first_scale = last_word, last_scale
         if first_word != words.numel() or first_scale != scales.numel():
             raise ValueError(f"{kind} has {words.numel()} words and {scales.numel()} scales where "
                              f"its counts ask for {first_word} and {first_scale}")
     return matrices
+
+
+def _read_counts(name: str, row: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """V's counts and U's of a row of `K.counts`."""
+    v_counts, u_counts = tuple(row[: ops.MAX_BITS]), tuple(row[ops.MAX_BITS :])
+    if len(row) != 2 * ops.MAX_BITS or min(row) < 0 or sum(v_counts) != sum(u_counts):
+        raise ValueError(f"{name} has counts {list(v_counts)} of V's rows and {list(u_counts)} of "
+                         f"U's columns")
+    return v_counts, u_counts
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

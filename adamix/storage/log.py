@@ -35,14 +35,22 @@ class MatrixRow:
     out_features: int
     in_features: int
     rank: int
-    bits_8: int  # components at 8 bits, and so on
-    bits_7: int
-    bits_6: int
-    bits_5: int
-    bits_4: int
-    bits_3: int
-    bits_2: int
-    bits_1: int
+    v_bits_8: int  # rows of V at 8 bits, and so on
+    v_bits_7: int
+    v_bits_6: int
+    v_bits_5: int
+    v_bits_4: int
+    v_bits_3: int
+    v_bits_2: int
+    v_bits_1: int
+    u_bits_8: int  # columns of U at 8 bits, and so on
+    u_bits_7: int
+    u_bits_6: int
+    u_bits_5: int
+    u_bits_4: int
+    u_bits_3: int
+    u_bits_2: int
+    u_bits_1: int
     bytes: int
     bits_per_weight: float
     relative_error: float  # of the output, on the calibration inputs
@@ -53,14 +61,20 @@ class MatrixRow:
     def of(cls, name: str, packed: PackedDelta, error: float, seconds: float, gram: str = OWN
            ) -> MatrixRow:
         """The row of one matrix."""
-        return cls(name, kind_of(name), *packed.shape, packed.rank, *packed.counts, packed.nbytes,
-                   packed.bits_per_weight, error, seconds, gram)
+        return cls(name, kind_of(name), *packed.shape, packed.rank, *packed.v_counts,
+                   *packed.u_counts, packed.nbytes, packed.bits_per_weight, error, seconds, gram)
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """Components at 8, 7, .., 1 bits."""
-        return (self.bits_8, self.bits_7, self.bits_6, self.bits_5, self.bits_4, self.bits_3,
-                self.bits_2, self.bits_1)
+    def v_counts(self) -> tuple[int, ...]:
+        """Rows of V at 8, 7, .., 1 bits."""
+        return (self.v_bits_8, self.v_bits_7, self.v_bits_6, self.v_bits_5, self.v_bits_4,
+                self.v_bits_3, self.v_bits_2, self.v_bits_1)
+
+    @property
+    def u_counts(self) -> tuple[int, ...]:
+        """Columns of U at 8, 7, .., 1 bits."""
+        return (self.u_bits_8, self.u_bits_7, self.u_bits_6, self.u_bits_5, self.u_bits_4,
+                self.u_bits_3, self.u_bits_2, self.u_bits_1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from adamix import ops
 from adamix.artifacts import PackedDelta, QuantizedDelta
@@ -13,12 +14,17 @@ def pack(delta: QuantizedDelta) -> PackedDelta:
     """Pack the codes of V̂'s rows, then those of Û's columns.
 
     Raises:
-        ValueError: the components are not sorted by width descending.
+        ValueError: the components are not sorted by width descending, in V as in U.
     """
-    if (delta.bits.diff() > 0).any():
-        raise ValueError(
-            f"components must be sorted by width descending, got {delta.bits.tolist()}")
-    counts = torch.bincount(delta.bits.long(), minlength=ops.MAX_BITS + 1)[1:].flip(0).tolist()
-    words = torch.cat([pack_factor(codes, counts) for codes in (delta.V_codes, delta.U_codes)])
+    v_counts, u_counts = _counts(delta.v_bits, "V"), _counts(delta.u_bits, "U")
+    words = torch.cat([pack_factor(delta.V_codes, v_counts), pack_factor(delta.U_codes, u_counts)])
     shape = (delta.U_codes.shape[1], delta.V_codes.shape[1])
-    return PackedDelta(words, delta.scales, tuple(counts), shape)
+    return PackedDelta(words, delta.scales, v_counts, u_counts, shape)
+
+
+def _counts(bits: Tensor, factor: str) -> tuple[int, ...]:
+    """Lanes at 8, 7, .. 1 bits."""
+    if (bits.diff() > 0).any():
+        raise ValueError(f"components must be sorted by width descending, got {bits.tolist()} "
+                         f"bits in {factor}")
+    return tuple(torch.bincount(bits.long(), minlength=ops.MAX_BITS + 1)[1:].flip(0).tolist())

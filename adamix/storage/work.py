@@ -303,8 +303,8 @@ def _write_matrix(matrix: CompressedMatrix, path: Path) -> None:
     packed, spectrum = matrix.packed, matrix.spectrum
     tensors = {"words": packed.words, "scales": packed.scales,
                "singular_values": spectrum.singular_values, "errors": spectrum.errors}
-    facts = {"row": asdict(matrix.row), "counts": packed.counts, "shape": packed.shape,
-             "widths": spectrum.widths}
+    facts = {"row": asdict(matrix.row), "v_counts": packed.v_counts, "u_counts": packed.u_counts,
+             "shape": packed.shape, "widths": spectrum.widths}
     save_tensors(tensors, path, {"facts": json.dumps(facts)})
 
 
@@ -317,7 +317,8 @@ def _read_matrix(path: Path) -> CompressedMatrix | None:
             facts = json.loads((reader.metadata() or {})["facts"])
             words, scales, values, errors = (reader.get_tensor(name).clone() for name in (
                 "words", "scales", "singular_values", "errors"))
-        packed = PackedDelta(words, scales, tuple(facts["counts"]), tuple(facts["shape"]))
+        packed = PackedDelta(words, scales, tuple(facts["v_counts"]), tuple(facts["u_counts"]),
+                             tuple(facts["shape"]))
         return CompressedMatrix(packed, MatrixRow(**facts["row"]),
                                 Spectrum(values, errors, tuple(facts["widths"])))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):

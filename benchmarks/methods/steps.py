@@ -18,7 +18,8 @@ from adamix.compression.hessian import hessian
 from adamix.compression.matrix import component_bits
 from methods.reconstruction import Reconstruction
 
-PLAIN = adamix.Config(bits_per_weight=1.0, passes=2, damping=0.01, svd_damping=0.0, unbiased=False)
+PLAIN = adamix.Config(bits_per_weight=1.0, passes=2, damping=0.01, svd_damping=0.0, unbiased=False,
+                      separate_widths=False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Codes:
 
 def compress(codes: Codes, delta: Tensor, gram: Tensor, budget_bits: int,
              config: adamix.Config | None = None) -> Reconstruction | None:
-    """None where the budget does not pay for one component."""
+    """With one width for both lanes of a component; None where the budget pays for none."""
     config = config or PLAIN
     widths = config.bit_widths
     costs = [component_bits(delta.shape, b) for b in widths]

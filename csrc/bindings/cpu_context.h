@@ -26,15 +26,16 @@ inline bool fits(int64_t offset, int64_t words, int64_t count, int64_t arena_wor
 inline bool slot_fits(const int64_t* entry, int64_t v_codes, int64_t u_codes, int64_t arena_words) {
   int64_t v = entry[kTableVOffset], u = entry[kTableUOffset], scale = entry[kTableScaleOffset];
   for (int bits = kMaxBits; bits >= 1; --bits) {
-    const int64_t count = entry[kTableFirstCount + kMaxBits - bits];
+    const int64_t v_count = entry[kTableFirstVCount + kMaxBits - bits];
+    const int64_t u_count = entry[kTableFirstUCount + kMaxBits - bits];
     const int64_t v_lane = lane_words(v_codes, bits), u_lane = lane_words(u_codes, bits);
-    if (!fits(v, v_lane, count, arena_words) || !fits(u, u_lane, count, arena_words) ||
-        !fits(scale, 1, count, arena_words)) {
+    if (!fits(v, v_lane, v_count, arena_words) || !fits(u, u_lane, u_count, arena_words) ||
+        !fits(scale, 1, v_count, arena_words)) {
       return false;
     }
-    v += v_lane * count;
-    u += u_lane * count;
-    scale += count;
+    v += v_lane * v_count;
+    u += u_lane * u_count;
+    scale += v_count;
   }
   return true;
 }
@@ -67,7 +68,10 @@ inline void check_slots_in_use(const CheckedBank& bank, Routes routes, int64_t m
                  ": ", bank.table_name, " row ", slot,
                  " does not fit: its offsets and counts, for ", bank.sizes,
                  ", lead out of the arena of ", bank.arena_words, " words");
-    const int64_t rank = component_count(table.row(slot) + kTableFirstCount);
+    const int64_t rank = component_count(table.row(slot) + kTableFirstVCount);
+    const int64_t u_rank = component_count(table.row(slot) + kTableFirstUCount);
+    ADAMIX_CHECK(rank == u_rank, bank.op, ": ", bank.table_name, " row ", slot, " has ", rank,
+                 " lanes of V and ", u_rank, " of U, expected as many of each");
     ADAMIX_CHECK(rank <= max_rank, bank.op, ": ", bank.table_name, " row ", slot, " has ", rank,
                  " components, more than max_rank, ", max_rank,
                  " (where none is given: the larger of ", bank.largest, ")");

@@ -48,12 +48,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TABLE_V_OFFSET") = adamix::kTableVOffset;
   m.attr("TABLE_U_OFFSET") = adamix::kTableUOffset;
   m.attr("TABLE_SCALE_OFFSET") = adamix::kTableScaleOffset;
-  m.attr("TABLE_FIRST_COUNT") = adamix::kTableFirstCount;
+  m.attr("TABLE_FIRST_V_COUNT") = adamix::kTableFirstVCount;
+  m.attr("TABLE_FIRST_U_COUNT") = adamix::kTableFirstUCount;
   m.attr("TABLE_COLUMNS") = adamix::kTableColumns;
   m.def("lane_words", &lane_words, py::arg("codes"), py::arg("bits"),
         "32-bit words of a lane of `codes` codes of `bits` bits. ValueError if bits is not 1..8.");
   m.def("v_words", &factor_words, py::arg("in_features"), py::arg("counts"),
-        "Words of V [rank, in]; counts[i] components have width MAX_BITS - i.");
+        "Words of V [rank, in]; counts[i] of its rows have width MAX_BITS - i.");
   m.def("u_words", &factor_words, py::arg("out_features"), py::arg("counts"),
-        "Words of U [out, rank]; counts[i] components have width MAX_BITS - i.");
+        "Words of U [out, rank]; counts[i] of its columns have width MAX_BITS - i.");
 }

@@ -38,7 +38,7 @@ void gather(const DeltaEmbeddingArgs<T>& args, const TokenGroups& groups, int64_
     const TokenGroup& group = groups.group_of_item(item);
     const int64_t component = item - group.first_item;
     const int64_t* entry = args.table.row(group.slot);
-    const PackedFactor u{args.arena + entry[kTableUOffset], args.vocab, entry + kTableFirstCount};
+    const PackedFactor u{args.arena + entry[kTableUOffset], args.vocab, entry + kTableFirstUCount};
     const Lane lane = locate_lane(u.counts, component);
     const float scale = float_from_bits(args.arena[entry[kTableScaleOffset] + component]);
     for (int64_t t = 0; t < group.tokens; ++t) {
@@ -58,7 +58,7 @@ void delta_embedding_cpu(const DeltaEmbeddingArgs<T>& args, const ParallelFor& p
   std::vector<float> w(static_cast<size_t>(groups.z_floats));
   parallel(groups.items, 64,
            [&](int64_t begin, int64_t end) { gather(args, groups, begin, end, w.data()); });
-  add_lanes<T>({args.y, w.data(), args.arena, args.table, kTableVOffset}, groups, parallel);
+  add_lanes<T>({args.y, w.data(), args.arena, args.table, v_columns()}, groups, parallel);
 }
 
 template void delta_embedding_cpu(const DeltaEmbeddingArgs<float>&, const ParallelFor&);

@@ -58,27 +58,25 @@ __device__ int level_at(const Factor& factor, const Run& run, int lane, int row)
 }
 
 // w of a slice, args being those of its up: fp32 [tokens, positions], zeros in the padding behind
-// the components of every width.
+// the components of every width of V.
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ DeltaGemmCudaArgs args, TokenIds tokens, int64_t vocab) {
   wait_for_previous_kernel();
   let_next_kernel_start();  // only now: up reads the slots early
   const int token = blockIdx.y, slot = args.routes.slots[token];
   if (slot < 0) return;
-  const Entry entry = load_entry(args.layers[0].table, slot, args.max_rank);
+  const Entry entry = load_entry(args, 0, slot);
   if (entry.rank == 0) return;
-  const Factor u = make_factor(args.arena + entry.u_offset, entry.counts, vocab);
+  const Factor u = make_factor(args.arena + entry.down.offset, entry.down.counts, vocab);
   const auto* scales = reinterpret_cast<const float*>(args.arena + entry.scale_offset);
   const int row = static_cast<int>(tokens[token]), lane = threadIdx.x % 32;
   float* w = static_cast<float*>(args.scratch) + z_row(args, 0, token);
-  const int runs = UpRuns::count(entry.counts), step = gridDim.x * kWarps;
+  const int runs = UpRuns::count(entry.down.counts), step = gridDim.x * kWarps;
   for (int i = blockIdx.x * kWarps + threadIdx.x / 32; i < runs; i += step) {
-    const Run run = UpRuns::at(entry.counts, i);
-    float value = 0.0f;
-    if (lane < run.lanes()) {
-      value = scales[run.component + lane] * static_cast<float>(level_at(u, run, lane, row));
-    }
-    if (lane < UpRuns::lanes_of(run.bits())) w[run.position + lane] = value;
+    const Run run = UpRuns::at(entry.down.counts, i);
+    if (lane >= run.lanes()) continue;
+    const int component = run.component + lane;
+    put_z(w, entry, component, scales[component] * static_cast<float>(level_at(u, run, lane, row)));
   }
 }
 

@@ -40,7 +40,7 @@ class DeltaGemm {
     z_.resize(static_cast<size_t>(groups_.z_floats));
     parallel(groups_.sorted_tokens(), 8, [&](int64_t begin, int64_t end) { gather_x(begin, end); });
     parallel(groups_.items, 1, [&](int64_t begin, int64_t end) { down(begin, end); });
-    add_lanes<T>({args_.y, z_.data(), args_.arena, args_.table, kTableUOffset}, groups_, parallel);
+    add_lanes<T>({args_.y, z_.data(), args_.arena, args_.table, u_columns()}, groups_, parallel);
   }
 
  private:
@@ -62,7 +62,7 @@ class DeltaGemm {
       const int64_t component = item - group.first_item;
       const int64_t* entry = args_.table.row(group.slot);
       const PackedFactor v{args_.arena + entry[kTableVOffset], args_.x.cols,
-                           entry + kTableFirstCount};
+                           entry + kTableFirstVCount};
       levels_of_lane(v, component, 0, panel_count(v.codes), levels.data());
       const float scale = float_from_bits(args_.arena[entry[kTableScaleOffset] + component]);
       float* z = z_.data() + group.z_offset + component;

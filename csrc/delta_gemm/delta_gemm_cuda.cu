@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "delta_gemm/delta_gemm_cuda.h"
+#include "delta_gemm/each_token.cuh"
 #include "delta_gemm/few_tokens.cuh"
 #include "delta_gemm/many_tokens.cuh"
-#include "delta_gemm/each_token.cuh"
 #include "delta_gemm/routes.cuh"
 
 namespace adamix {

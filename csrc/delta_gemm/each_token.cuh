@@ -30,7 +30,7 @@
 // Tokens of one slot each read its words, all but the first from L2, and take its codes apart. That
 // costs less than finding out which tokens have the same slot while there are not many.
 //
-// Z. Components in memory go by groups of 16, every width padded to whole groups with zeros;
+// Z. Components in memory go by groups of 16, every width of U padded to whole groups with zeros;
 // component 4i + j of a group is number 4j + i of 16: four components of one thread of `up`, a quad
 // of which j is the number, lie side by side.
 namespace adamix {
@@ -63,6 +63,12 @@ __host__ __device__ constexpr uint32_t groups_of(uint32_t count) {
 inline int each_token_z_row(const DeltaGemmCudaArgs& args) {
   static_assert(kMaxPadding >= kMaxBits * (kGroupLanes - 1) + kQuadLanes - 1);
   return (static_cast<int>(args.max_rank) + kMaxPadding) / kQuadLanes * kQuadLanes;
+}
+
+// Where a component stands, that is the i-th with all padding.
+__device__ __forceinline__ int place_in_groups(int i) {
+  const int group = i / kGroupLanes * kGroupLanes, number = i - group;
+  return group + number % kGroupQuads * kQuadLanes + number / kGroupQuads;
 }
 
 __device__ __forceinline__ float* z_of(const DeltaGemmCudaArgs& args, int layer, int token,
@@ -192,15 +198,18 @@ struct Place {
   int words, components, groups;
 };
 
-// The components of a slot by width, width 8 - i in lanes i, i + 8 ..; every warp has all of it.
-// Sums over the widths share words two by two, 16 bits each.
+// The components of a slot by width of one factor's lanes, width 8 - i in lanes i, i + 8 ..; every
+// warp has all of it. Sums over the widths share words two by two, 16 bits each.
 class Widths {
  public:
-  // units_of(count): of a width.
+  // row: of the table. units_of(count): of a width.
   template <typename Units>
-  __device__ __forceinline__ Widths(const int64_t* row, int max_rank, Units units_of) {
+  __device__ __forceinline__ Widths(const int64_t* row, FactorColumns factor, int64_t max_rank,
+                                    Units units_of) {
     const int i = threadIdx.x % kMaxBits;
-    count_ = static_cast<uint32_t>(row[kTableFirstCount + i]);
+    const int other = kTableFirstVCount + kTableFirstUCount - factor.first_count;
+    count_ = static_cast<uint32_t>(row[factor.first_count + i]);
+    const uint32_t others = __reduce_add_sync(kWarp, static_cast<uint32_t>(row[other + i]));
     const uint32_t units = units_of(count_) | groups_of(count_) << 16;
     const uint32_t words = count_ + (count_ * (kMaxBits - i) << 16);
     units_until_ = units, words_until_ = words;
@@ -215,10 +224,11 @@ class Widths {
     all_words_ = __shfl_sync(kWarp, words_until_, kMaxBits - 1);
     const uint32_t most = static_cast<uint32_t>(max_rank);  // no sum is too large if no count is
     empty_ = low(all_words_) == 0 || low(all_words_) > max_rank ||
+             static_cast<uint32_t>(low(all_words_)) * (32 / kMaxBits) != others ||
              __ballot_sync(kWarp, count_ > most) != 0;
   }
 
-  __device__ __forceinline__ bool empty() const { return empty_; }  // or too large
+  __device__ __forceinline__ bool empty() const { return empty_; }  // or wrong
   __device__ __forceinline__ int units() const { return low(all_units_); }
   __device__ __forceinline__ int groups() const { return high(all_units_); }
   __device__ __forceinline__ int column_words() const { return high(all_words_); }

@@ -86,7 +86,7 @@ class EachTokenDown {
     const int row = RowOfToken<>::find(args_, shared_.rows);
     if (row < 0) return;
     row_ = shared_.rows.words + row;
-    const Widths widths(row_, static_cast<int>(args_.max_rank),
+    const Widths widths(row_, v_columns(), args_.max_rank,
                         [](uint32_t count) { return (count + kRunLanes - 1) / kRunLanes; });
     if (widths.empty()) return;
     take_runs(widths.units());
@@ -119,12 +119,11 @@ class EachTokenDown {
     prefetch_panels(widths, first.run);
     const int own = kEachWarps - 1 - warp;  // the last warps have the fewest units
     Place own_run = {};
-    float* z = nullptr;
+    ZPlace place = {0, 0};
     float scale = 0.0f;
     if (own < runs()) {
       own_run = kOneRun ? first.run : widths.find(first_run_ + own);
-      z = place_of_z(own_run);
-      if (has_component(own_run)) scale = load_scale(own_run);
+      if (has_component(own_run)) place = place_of_z(own_run), scale = load_scale(own_run);
     }
     int64_t sum_x = 0;  // of the thread's numbers
     const float unit = load_x(sum_x);
@@ -134,9 +133,9 @@ class EachTokenDown {
     __syncthreads();
     if (own >= runs()) return;
     const int64_t all_x = sum_of_warps(shared_.all_x);
-    if (z == nullptr) return;
+    if (place.position == place.end) return;
     const int64_t levels = 2 * codes(own) - int64_t{max_code(own_run.bits)} * all_x;
-    *z = has_component(own_run) ? scale * (static_cast<float>(levels) * unit) : 0.0f;
+    put_z(place, scale * (static_cast<float>(levels) * unit));
   }
 
   // Every 16th one is a warp's.
@@ -285,27 +284,31 @@ class EachTokenDown {
     return unit.unit;
   }
 
-  // --- z, a warp a run: lane 8i + c has component c of the run or, where that is the last of its
-  // width, number c of those behind it in the group, which are zeros
+  // --- z, a warp a run, a lane a component
 
   __device__ __forceinline__ static bool has_component(const Place& run) {
     return static_cast<int>(threadIdx.x % 32) < lanes_of(run);
   }
 
-  // Null: the lane has none.
-  __device__ __forceinline__ float* place_of_z(const Place& of) const {
-    constexpr int kRuns = kGroupLanes / kRunLanes;
-    const int lane = threadIdx.x % 32, run = of.unit % kRuns + lane / kRunLanes;
-    const bool last = (of.unit + 1) * kRunLanes >= of.count;
-    if (run >= kRuns || (lane >= kRunLanes && !last)) return nullptr;
-    const int i = run * kRunLanes + lane % kRunLanes;  // of the group's components
-    return z_of(args_, layer_, token(), plan_.z_row) + (of.groups + of.unit / kRuns) * kGroupLanes +
-           i % kGroupQuads * kQuadLanes + i / kGroupQuads;
+  __device__ __forceinline__ static int component_of(const Place& run) {
+    return run.components + run.unit * kRunLanes + static_cast<int>(threadIdx.x % 32);
+  }
+
+  __device__ __forceinline__ ZPlace place_of_z(const Place& run) const {
+    return find_in_z(row_ + kTableFirstUCount, component_of(run), [](int count, int) {
+      return static_cast<int>(groups_of(static_cast<uint32_t>(count))) * kGroupLanes;
+    });
   }
 
   __device__ __forceinline__ float load_scale(const Place& run) const {
-    const int component = run.components + run.unit * kRunLanes + threadIdx.x % 32;
-    return __uint_as_float(args_.arena[row_[kTableScaleOffset] + component]);
+    return __uint_as_float(args_.arena[row_[kTableScaleOffset] + component_of(run)]);
+  }
+
+  // And zeros in the padding.
+  __device__ __forceinline__ void put_z(const ZPlace& place, float value) const {
+    float* z = z_of(args_, layer_, token(), plan_.z_row);
+#pragma unroll 1
+    for (int i = place.position; i < place.end; ++i, value = 0.0f) z[place_in_groups(i)] = value;
   }
 
   __device__ __forceinline__ int64_t codes(int run) const {

@@ -93,7 +93,7 @@ class EachTokenUp {
     const int row = RowOfToken<>::find(args_, shared_.rows);
     if (row < 0) return false;
     row_ = shared_.rows.words + row;
-    const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
+    const Widths widths(row_, u_columns(), args_.max_rank, [](uint32_t count) {
       return (groups_of(count) + kStageGroups - 1) / kStageGroups;
     });
     if (widths.empty()) return false;

@@ -60,7 +60,7 @@ class EachTokenWideUp {
     bool waited = false;
     if (row >= 0) {
       row_ = shared_.rows.words + row;
-      const Widths widths(row_, static_cast<int>(args_.max_rank), [](uint32_t count) {
+      const Widths widths(row_, u_columns(), args_.max_rank, [](uint32_t count) {
         const int bits = kMaxBits - static_cast<int>(threadIdx.x) % kMaxBits;
         return static_cast<uint32_t>(padded_count(static_cast<int>(count), bits) /
                                      up_lanes_of(bits));

@@ -26,8 +26,8 @@
 // gives the same bits, whatever else is in the launch.
 namespace adamix {
 
-// fp32 z [layers, tokens, positions]; positions: components of every width padded to whole runs,
-// the padding zero.
+// fp32 z [layers, tokens, positions]; positions: components of every width of up's lanes padded to
+// whole runs, the padding zero.
 inline size_t few_tokens_scratch_bytes(const DeltaGemmCudaArgs& args) {
   return static_cast<size_t>(args.layer_count * args.tokens * (args.max_rank + kMaxPadding)) *
          sizeof(float);
@@ -35,6 +35,14 @@ inline size_t few_tokens_scratch_bytes(const DeltaGemmCudaArgs& args) {
 
 __device__ __forceinline__ int64_t z_row(const DeltaGemmCudaArgs& args, int layer, int token) {
   return (layer * args.tokens + token) * (args.max_rank + kMaxPadding);
+}
+
+// z of a component, and zeros in the padding that is its own to write.
+__device__ __forceinline__ void put_z(float* z, const Entry& entry, int component, float value) {
+  const ZPlace place = find_in_z(entry.up.counts.at, component, padded_count);
+  z[place.position] = value;
+#pragma unroll 1
+  for (int i = place.position + 1; i < place.end; ++i) z[i] = 0.0f;
 }
 
 // Both need args.tokens <= kFewTokens.

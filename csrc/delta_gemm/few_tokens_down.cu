@@ -70,14 +70,14 @@ class Down {
     }
     __syncthreads();
     for_parts<kEachPart>(args_, shared_.routes, cut,
-                        [this](const Part& part, const Entry& entry) { run_part(part, entry); });
+                         [this](const Part& part, const Entry& entry) { run_part(part, entry); });
   }
 
  private:
   __device__ void run_part(const Part& part, const Entry& entry) {
     layer_ = part.layer;
     entry_ = &entry;
-    factor_ = make_factor(args_.arena + entry.v_offset, entry.counts, args_.in);
+    factor_ = make_factor(args_.arena + entry.down.offset, entry.down.counts, args_.in);
     const Tokens tokens = {shared_.routes.group_token[part.group][0],
                            shared_.routes.group_token[part.group][1]};
     if (!(tokens == tokens_)) begin_x(tokens);
@@ -91,7 +91,7 @@ class Down {
     const int i = threadIdx.x;
     if (i < 32) {
       Run run = {0, 0, 0, 0};
-      if (i < tiles) run = DownRuns::at(entry_->counts, first_tile + i);
+      if (i < tiles) run = DownRuns::at(entry_->down.counts, first_tile + i);
       shared_.tiles[i] = run;
       share_stages(run, tiles, chunk_panels_);
     }
@@ -258,9 +258,8 @@ class Down {
 
   // --- z
 
-  // All positions of the batch's tiles, and zeros in those behind the last component of a width.
+  // Of the components of the batch's tiles.
   __device__ void store_z(int tiles) const {
-    constexpr int kRows = up_lanes_of(1);
     auto* z = static_cast<float*>(args_.scratch);
 #pragma unroll 1
     for (int token = 0; token < kGroupTokens; ++token) {
@@ -268,27 +267,16 @@ class Down {
       const int64_t sum_x = sum_of_warps(shared_.sum_x[token]);
       const float unit = shared_.units[token].unit;
       float* z_of_token = z + z_row(args_, layer_, tokens_.of(token));
-      for (int i = threadIdx.x; i < tiles * kRows; i += blockDim.x) {
-        const int tile = i / kRows, row = i % kRows;
+      for (int i = threadIdx.x; i < tiles * kDownLanes; i += blockDim.x) {
+        const int tile = i / kDownLanes, row = i % kDownLanes;
         const Run run = shared_.tiles[tile];
-        float value = 0.0f;
-        if (row < run.lanes()) {
-          const int64_t levels = 2 * read_sum(shared_.sums[tile][0], kDownLanes, row, token) -
-                                 static_cast<int64_t>((1 << run.bits()) - 1) * sum_x;
-          value = shared_.scales[tile][row] * (static_cast<float>(levels) * unit);
-        } else if (run.same() > 1 ||
-                   row >= end_of_width(run, entry_->counts.at[kMaxBits - run.bits()])) {
-          continue;
-        }
-        z_of_token[run.position + row] = value;
+        if (row >= run.lanes()) continue;
+        const int64_t levels = 2 * read_sum(shared_.sums[tile][0], kDownLanes, row, token) -
+                               static_cast<int64_t>((1 << run.bits()) - 1) * sum_x;
+        put_z(z_of_token, *entry_, run.component + row,
+              shared_.scales[tile][row] * (static_cast<float>(levels) * unit));
       }
     }
-  }
-
-  // Positions from the first of a width's last run to the end of the padding.
-  __device__ static int end_of_width(const Run& run, int count) {
-    const int lanes = DownRuns::lanes_of(run.bits());
-    return padded_count(count, run.bits()) - (count - 1) / lanes * lanes;
   }
 
   const DeltaGemmCudaArgs& args_;

@@ -11,17 +11,18 @@ namespace adamix {
 struct DownTiles {
   int panels;
 
-  __device__ int tiles(int, const Entry& entry) const { return DownRuns::count(entry.counts); }
+  __device__ int tiles(int, const Entry& entry) const { return DownRuns::count(entry.down.counts); }
   __device__ int64_t cost(int, const Entry& entry) const {
-    return int64_t{panels} * DownRuns::cost(entry.counts);
+    return int64_t{panels} * DownRuns::cost(entry.down.counts);
   }
   __device__ int tile_at(int, const Entry& entry, int part, int parts) const {
     int rest;
-    const int cost = divide(DownRuns::cost(entry.counts) * part, parts, rest);
-    return DownRuns::begin_before(entry.counts, cost);
+    const int cost = divide(DownRuns::cost(entry.down.counts) * part, parts, rest);
+    return DownRuns::begin_before(entry.down.counts, cost);
   }
   __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
-    return DownRuns::begin_before(entry.counts, static_cast<int>((cost + panels - 1) / panels));
+    return DownRuns::begin_before(entry.down.counts,
+                                  static_cast<int>((cost + panels - 1) / panels));
   }
 };
 

@@ -40,7 +40,7 @@ class Up {
     find_route<kEachPart>(args_, shared_.routes, cut);
     __syncthreads();
     for_parts<kEachPart>(args_, shared_.routes, cut,
-                        [this](const Part& part, const Entry& entry) { run_part(part, entry); });
+                         [this](const Part& part, const Entry& entry) { run_part(part, entry); });
     if (!waited_) wait_for_previous_kernel();  // else the kernel after could overtake `down`
   }
 
@@ -49,8 +49,7 @@ class Up {
     layer_ = part.layer;
     entry_ = &entry;
     out_ = args_.layers[layer_].out;
-    const int64_t offset = args_.up_by_v ? entry.v_offset : entry.u_offset;
-    factor_ = make_factor(args_.arena + offset, entry.counts, out_);
+    factor_ = make_factor(args_.arena + entry.up.offset, entry.up.counts, out_);
     tokens_ = {shared_.routes.group_token[part.group][0],
                shared_.routes.group_token[part.group][1]};
     const bool one = tokens_.id[1] < 0;
@@ -69,9 +68,9 @@ class Up {
   }
 
   __device__ void run_batch(int first_panel, int last_panel) {
-    const int runs = UpRuns::count(entry_->counts);
+    const int runs = UpRuns::count(entry_->up.counts);
     const int first_end =
-        positions() <= kUpPositions ? runs : UpRuns::end_until(entry_->counts, kUpPositions);
+        positions() <= kUpPositions ? runs : UpRuns::end_until(entry_->up.counts, kUpPositions);
     // A panel alone, the case of one group: every warp leaves its sums where its ring was.
     alone_ = last_panel - first_panel == 1 && first_end == runs && blockDim.x >= kPanelCodes;
     int begin = 0;  // of the chunk in z
@@ -81,8 +80,8 @@ class Up {
       run_chunk(first_panel, last_panel, first, last);
       first = last;
       if (first < runs) {
-        begin = UpRuns::at(entry_->counts, first).position;
-        last = UpRuns::end_until(entry_->counts, begin + kUpPositions);
+        begin = UpRuns::at(entry_->up.counts, first).position;
+        last = UpRuns::end_until(entry_->up.counts, begin + kUpPositions);
       }
     }
     add_to_y(first_panel, last_panel);
@@ -90,7 +89,7 @@ class Up {
 
   __device__ void list_runs(int first_run, int last_run, int begin) {
     for (int i = threadIdx.x; i < last_run - first_run; i += blockDim.x) {
-      Run run = UpRuns::at(entry_->counts, first_run + i);
+      Run run = UpRuns::at(entry_->up.counts, first_run + i);
       run.set_shape(run.bits(), run.lanes(), min(run.same(), last_run - first_run - i));
       shared_.runs[i] = run;
       const int at = (run.position - begin) / 16;
@@ -203,7 +202,7 @@ class Up {
   // The digits of the group's z, of so many runs, lane t + 4i of each 16 at byte 4t + i. Ends with
   // a barrier.
   __device__ void load_z(int first_run, int runs) {
-    const bool all_runs = runs == UpRuns::count(entry_->counts);
+    const bool all_runs = runs == UpRuns::count(entry_->up.counts);
     if (all_runs && have_z_) return __syncthreads();
     const int position = shared_.runs[0].position;
     const Run last = shared_.runs[runs - 1];
@@ -237,7 +236,7 @@ class Up {
   __device__ int positions() const {
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < kMaxBits; ++i) count += padded_count(entry_->counts.at[i], kMaxBits - i);
+    for (int i = 0; i < kMaxBits; ++i) count += padded_count(entry_->up.counts.at[i], kMaxBits - i);
     return count;
   }
 

@@ -28,14 +28,14 @@ struct UpTiles {
     return static_cast<int>(panel_count(layers[layer].out));
   }
   __device__ int64_t cost(int layer, const Entry& entry) const {
-    return int64_t{tiles(layer, entry)} * UpRuns::cost(entry.counts);
+    return int64_t{tiles(layer, entry)} * UpRuns::cost(entry.up.counts);
   }
   __device__ int tile_at(int layer, const Entry& entry, int part, int parts) const {
     int rest;
     return divide(tiles(layer, entry) * part, parts, rest);
   }
   __device__ int tile_from(int, const Entry& entry, int64_t cost) const {
-    const int each = UpRuns::cost(entry.counts);
+    const int each = UpRuns::cost(entry.up.counts);
     return static_cast<int>((cost + each - 1) / each);
   }
 };

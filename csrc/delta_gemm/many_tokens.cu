@@ -91,21 +91,22 @@ __device__ void for_products(const ManyTokensArgs& args, Each each) {
     const TokenTile tile = args.sorted.tiles[work % tiles];
     const int layer = above % layers, part = above / layers % parts;
     const DeltaLayer& matrix = call.layers[layer];
-    const Entry entry = load_entry(matrix.table, tile.slot, call.max_rank);
+    const Entry entry = load_entry(call, layer, tile.slot);
     Product product;
     product.first_token = tile.first + rounds.first_token(i);
     product.tokens = min(tile.count - rounds.first_token(i), rounds.tokens(i));
     if (product.tokens <= 0) continue;
     product.first_row = above / layers / parts * kTileRows;
     if (product.first_row >= (kUp && entry.rank > 0 ? matrix.out : entry.rank)) continue;
-    product.counts = entry.counts;
+    const EntryFactor& factor = kUp ? entry.up : entry.down;
+    product.counts = factor.counts;
     product.rank = entry.rank;
     const int k = kUp ? entry.rank : static_cast<int>(call.in);
     const unsigned steps = (k + kStepCodes - 1) / kStepCodes;
     product.first_step = steps * part / parts;
     product.last_step = steps * (part + 1) / parts;
-    product.factor = kUp ? make_factor(call.arena + entry.u_offset, entry.counts, matrix.out)
-                         : make_factor(call.arena + entry.v_offset, entry.counts, call.in);
+    product.factor =
+        make_factor(call.arena + factor.offset, factor.counts, kUp ? matrix.out : call.in);
     product.layer = layer;
     product.part = part;
     product.scale_offset = entry.scale_offset;
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kJoinThreads)
     const TokenTile tile = args.sorted.tiles[work / kRuns % tiles];
     const int layer = work / kRuns / tiles, first = work % kRuns * kJoinTokens;
     if (first >= tile.count) continue;
-    const Entry entry = load_entry(call.layers[layer].table, tile.slot, call.max_rank);
+    const Entry entry = load_entry(call, layer, tile.slot);
     const auto* all_scales = reinterpret_cast<const float*>(call.arena + entry.scale_offset);
     const int eights = (entry.rank + kStepCodes - 1) / kStepCodes * (kStepCodes / 8);
     const int tokens = min(kJoinTokens, tile.count - first);

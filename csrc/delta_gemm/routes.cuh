@@ -14,14 +14,19 @@ namespace adamix {
 constexpr int kFewTokens = 128;  // of one launch
 constexpr int kGroupTokens = 2;  // what one pass over a delta serves
 
-// Components per width, widest first, as in a row of the table.
+// A factor's lanes per width, widest first, as in a row of the table.
 struct Counts {
   int at[kMaxBits];
 };
 
-struct Entry {
-  int64_t v_offset, u_offset, scale_offset;
+struct EntryFactor {
+  int64_t offset;
   Counts counts;
+};
+
+struct Entry {
+  EntryFactor down, up;  // V and U; for delta_embedding U and V
+  int64_t scale_offset;
   int rank;  // 0: the slot is empty
 };
 
@@ -47,19 +52,26 @@ struct SharedRoutes {
   int64_t share[2];                      // of this thread block: begin, end
 };
 
-__device__ inline Entry load_entry(const int64_t* table, int slot, int64_t max_rank) {
-  const int64_t* row = table + int64_t{slot} * kTableColumns;
-  Entry entry;
-  entry.v_offset = row[kTableVOffset];
-  entry.u_offset = row[kTableUOffset];
-  entry.scale_offset = row[kTableScaleOffset];
-  int64_t rank = 0;
+// Lanes of the factor.
+__device__ __forceinline__ int64_t load_factor(const int64_t* row, FactorColumns columns,
+                                               EntryFactor& factor) {
+  factor.offset = row[columns.offset];
+  int64_t lanes = 0;
 #pragma unroll
   for (int i = 0; i < kMaxBits; ++i) {
-    entry.counts.at[i] = static_cast<int>(row[kTableFirstCount + i]);
-    rank += entry.counts.at[i];
+    factor.counts.at[i] = static_cast<int>(row[columns.first_count + i]);
+    lanes += factor.counts.at[i];
   }
-  entry.rank = rank <= max_rank ? static_cast<int>(rank) : 0;
+  return lanes;
+}
+
+__device__ inline Entry load_entry(const DeltaGemmCudaArgs& args, int layer, int slot) {
+  const int64_t* row = args.layers[layer].table + int64_t{slot} * kTableColumns;
+  Entry entry;
+  entry.scale_offset = row[kTableScaleOffset];
+  const int64_t rank = load_factor(row, args.up_by_v ? u_columns() : v_columns(), entry.down);
+  const int64_t lanes = load_factor(row, args.up_by_v ? v_columns() : u_columns(), entry.up);
+  entry.rank = rank <= args.max_rank && rank == lanes ? static_cast<int>(rank) : 0;
   return entry;
 }
 
@@ -182,8 +194,7 @@ class WarpRoute {
     entries_ = groups_ * args.layer_count;
     layer_ = lane < entries_ ? lane / groups_ : 0;
     if (lane < entries_) {
-      routes.entries[lane] = load_entry(args.layers[layer_].table,
-                                        routes.group_slot[lane - layer_ * groups_], args.max_rank);
+      routes.entries[lane] = load_entry(args, layer_, routes.group_slot[lane - layer_ * groups_]);
     }
   }
 
@@ -236,7 +247,7 @@ __device__ void share_out(const DeltaGemmCudaArgs& args, SharedRoutes& routes, c
   const int entries = args.layer_count * routes.groups;
   for (int e = threadIdx.x; e < entries; e += blockDim.x) {
     const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
-    const Entry entry = load_entry(args.layers[layer].table, slot, args.max_rank);
+    const Entry entry = load_entry(args, layer, slot);
     if (e < kKeptEntries) routes.entries[e] = entry;
     routes.end[e] = entry.rank > 0 ? cut.cost(layer, entry) : 0;
   }
@@ -276,7 +287,7 @@ __device__ inline const Entry& entry_at(const DeltaGemmCudaArgs& args, SharedRou
   __syncthreads();
   if (threadIdx.x == 0) {
     const int layer = e / routes.groups, slot = routes.group_slot[e % routes.groups];
-    routes.entries[kKeptEntries] = load_entry(args.layers[layer].table, slot, args.max_rank);
+    routes.entries[kKeptEntries] = load_entry(args, layer, slot);
   }
   __syncthreads();
   return routes.entries[kKeptEntries];

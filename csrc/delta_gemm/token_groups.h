@@ -59,7 +59,7 @@ struct AddLanesArgs {
   const float* z;  // of all groups, scales folded in
   const uint32_t* arena;
   MatrixView<const int64_t> table;
-  int offset_column;  // of the factor, in the table
+  FactorColumns factor;  // whose lanes are added
 };
 
 // Sums in fp32, added to y and rounded once. A token's result depends neither on the number of

@@ -63,7 +63,7 @@ TokenGroups group_tokens(const MatrixView<const int64_t>& table, const int32_t* 
                          int64_t tokens) {
   TokenGroups result;
   const auto rank_of = [&](int64_t slot) {
-    return component_count(table.row(slot) + kTableFirstCount);
+    return component_count(table.row(slot) + kTableFirstVCount);
   };
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t slot = slots[token];
@@ -119,8 +119,8 @@ void add_lanes(const AddLanesArgs<T>& args, const TokenGroups& groups,
       const int64_t first_code = item % chunks * kChunkCodes;
       const int64_t codes = std::min(kChunkCodes, args.y.cols - first_code);
       const int64_t* entry = args.table.row(group.slot);
-      const PackedFactor factor{args.arena + entry[args.offset_column], args.y.cols,
-                                entry + kTableFirstCount};
+      const PackedFactor factor{args.arena + entry[args.factor.offset], args.y.cols,
+                                entry + args.factor.first_count};
       std::fill_n(sums.begin(), group.tokens * kChunkCodes, 0.0f);
       for (int64_t first = 0; first < group.rank; first += kStripLanes) {
         const int64_t lanes = std::min<int64_t>(kStripLanes, group.rank - first);

@@ -58,6 +58,29 @@ __host__ __device__ constexpr int padded_count(int count, int bits) {
 
 constexpr int kMaxPadding = 192;  // of z: less than a run for every width
 
+// Where a component is in z, and where what is its own to write ends: behind the last one of a
+// width of up comes the padding, zeros.
+struct ZPlace {
+  int position, end;
+};
+
+// counts: of up's lanes. padded(count, bits): positions of a width.
+template <typename Count, typename Padded>
+__device__ __forceinline__ ZPlace find_in_z(const Count* counts, int component, Padded padded) {
+  ZPlace place = {0, 0};
+  int begin = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxBits; ++i) {
+    const int count = static_cast<int>(counts[i]), room = padded(count, kMaxBits - i);
+    if (component >= 0 && component < count) {
+      place = {begin + component, begin + (component == count - 1 ? room : component + 1)};
+    }
+    component -= count;
+    begin += room;
+  }
+  return place;
+}
+
 // Consecutive lanes of one width, 16 bytes in shared memory.
 struct Run {
   uint32_t shape;  // bits, lanes, runs of its width from this one on: 8, 8 and 16 bits

@@ -9,7 +9,7 @@
 // kLayoutVersion.
 //
 // LANE. A row of V̂ [rank, in] or a column of Û [out, rank] is a lane: its codes share one width b,
-// 1..8 bits.
+// 1..8 bits. The two lanes of a component may have different widths.
 //
 // BLOCK. 32 codes make a block of exactly b words of 32 bits. Four codes 4f .. 4f+3 make field f,
 // f = 0..7, and lie at the same place of the four bytes of a word: so one shift and one mask turn
@@ -40,12 +40,17 @@
 // division; dequantized, a code is scale * level.
 //
 // MATRIX. A delta of one matrix is U_level [out, rank] · diag(scale) · V_level [rank, in].
-// Components are sorted by width descending, then by original index, so that the number of
-// components at each width says all:
+// Components lie in one order in which the widths of V's lanes do not rise, nor those of U's: of
+// two components none has more bits in V and fewer in U than the other. So the number of V's lanes
+// at each width, and that of U's, say all:
 //
 //   V       | panel 0: 8-bit lanes, 7-bit lanes, .. 1-bit lanes | panel 1: .. | ..
 //   U       | panel 0: 8-bit lanes, 7-bit lanes, .. 1-bit lanes | panel 1: .. | ..
 //   scales  | one fp32 a component, same order |
+//
+//   component   0 1 2 3 4 5 6 7      V's counts: 2 at 5 bits, 4 at 3, 2 at 2
+//   bits of V   5 5 3 3 3 3 2 2      U's counts: 3 at 4 bits, 2 at 3, 3 at 2
+//   bits of U   4 4 4 3 3 2 2 2
 //
 // V's lanes have `in` codes, U's `out`; the words of a lane in a panel are its blocks there.
 //
@@ -53,12 +58,12 @@
 // table with one row of int64 a slot; where all its counts are zero the slot is empty and adds
 // nothing:
 //
-//   column   0         1         2             3           4        ..  10
-//            V offset  U offset  scale offset  components  at 7         at 1 bit
-//            (words)   (words)   (words)       at 8 bits
+//   column   0         1         2             3          4     ..  10        11         ..  18
+//            V offset  U offset  scale offset  V's lanes  at 7      at 1 bit  U's lanes      at 1
+//            (words)   (words)   (words)       at 8 bits                      at 8 bits
 namespace adamix {
 
-constexpr int kLayoutVersion = 2;
+constexpr int kLayoutVersion = 3;
 constexpr int kBlockCodes = 32;
 constexpr int kFieldCodes = 4;
 constexpr int kBlockFields = kBlockCodes / kFieldCodes;
@@ -69,8 +74,10 @@ constexpr int kMaxBits = 8;
 constexpr int kTableVOffset = 0;
 constexpr int kTableUOffset = 1;
 constexpr int kTableScaleOffset = 2;
-constexpr int kTableFirstCount = 3;  // of width kMaxBits; one narrower width a column from there on
-constexpr int kTableColumns = kTableFirstCount + kMaxBits;
+// Of width kMaxBits; one narrower width a column from there on.
+constexpr int kTableFirstVCount = 3;
+constexpr int kTableFirstUCount = kTableFirstVCount + kMaxBits;
+constexpr int kTableColumns = kTableFirstUCount + kMaxBits;
 
 ADAMIX_HD constexpr int64_t block_count(int64_t codes) {
   return (codes + kBlockCodes - 1) / kBlockCodes;
@@ -156,7 +163,7 @@ ADAMIX_HD constexpr void write_code(uint32_t* block, int i, int bits, uint32_t c
   }
 }
 
-// counts[i] is the number of components of width kMaxBits - i, as in a row of the table.
+// counts[i] is the number of a factor's lanes of width kMaxBits - i, as in a row of the table.
 ADAMIX_HD inline int64_t component_count(const int64_t* counts) {
   int64_t rank = 0;
   for (int i = 0; i < kMaxBits; ++i) rank += counts[i];
@@ -184,6 +191,17 @@ ADAMIX_HD constexpr int64_t panel_count(int64_t codes) {
 ADAMIX_HD constexpr int panel_blocks(int64_t codes, int64_t panel) {
   const int64_t left = block_count(codes) - panel * kPanelBlocks;
   return static_cast<int>(left < kPanelBlocks ? left : kPanelBlocks);
+}
+
+// Where a factor is found in a row of the table.
+struct FactorColumns {
+  int offset, first_count;
+};
+ADAMIX_HD constexpr FactorColumns v_columns() {
+  return {kTableVOffset, kTableFirstVCount};
+}
+ADAMIX_HD constexpr FactorColumns u_columns() {
+  return {kTableUOffset, kTableFirstUCount};
 }
 
 struct Lane {

@@ -18,6 +18,7 @@ import torch
 from answers import block_linears
 from method_processes import processes
 from safetensors.torch import load_file
+from scale_distillation import distilled
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,6 +32,7 @@ from adamix.parallel import workers
 from adamix.storage.log import TOKENS_FILE
 
 ONE_BUDGET = "adamix, one budget"
+DISTILLED = "BitDelta, distilled"
 PRESETS = {"adamix": adamix.Config(), "paper": adamix.Config.preset("paper"),
            ONE_BUDGET: adamix.Config(allocate="model")}
 ANY_SIZE = 2**62  # bits, for a method that has one size only
@@ -183,11 +185,25 @@ class Compression:
         return self._result(frame, {name: result.dense for name, result in results.items()},
                             sum(result.bits for result in results.values()), start)
 
+    def by_distillation(self, ratio: float) -> Result:
+        """The blocks by BitDelta with its scales trained; of one size."""
+        frame = self.compressed("adamix", ratio)
+        model = self._frame(frame).requires_grad_(False)
+        weights = {name: layer.weight.detach()
+                   for name, layer in block_linears(self.base_model).items()}
+        start = time.perf_counter()
+        dense = distilled(model, weights, self.deltas, self.reference,
+                          self.tokens.to(self.reference.device))
+        return self._result(frame, dense, sum(one.numel() + 16 for one in dense.values()), start)
+
+    def _frame(self, frame: Compressed) -> PreTrainedModel:
+        return restored_model(self.base, frame.folder).to(self.reference.device)
+
     @torch.no_grad()
     def _result(self, frame: Compressed, dense: dict[str, Tensor], bits: int, start: float
                 ) -> Result:
         seconds = time.perf_counter() - start
-        model = restored_model(self.base, frame.folder).to(self.reference.device)
+        model = self._frame(frame)
         before = block_linears(self.base_model)
         for name, layer in block_linears(model).items():
             layer.weight.copy_(before[name].weight + dense[name].to(layer.weight))

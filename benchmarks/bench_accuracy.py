@@ -26,7 +26,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from accuracy_models import PRESETS, Compression, NoSuchSize, Result, model_bytes
+from accuracy_models import DISTILLED, PRESETS, Compression, NoSuchSize, Result, model_bytes
 from accuracy_tables import BASE, FINETUNE, LORA, ROWS, markdown
 from answers import count_right
 from rows import AccuracyRow, append_row, command_of, commit, read_rows
@@ -150,7 +150,7 @@ class Bench:
             except (NoSuchSize, BudgetError) as error:
                 self.write(replace(row, note=str(error)))
                 continue
-            note = "one size" if name in other_methods()[1] else ""
+            note = "one size" if name in (DISTILLED, *other_methods()[1]) else ""
             row = replace(row, bytes=result.bytes, error=result.error,
                           error_held_out=result.error_held_out, seconds=result.seconds, note=note)
             self.write(questions.score(row, result.model, reference))
@@ -180,6 +180,7 @@ def runs(names: list[str], ratios: list[float]) -> Iterator[tuple[str, float]]:
         SystemExit: a name is neither a preset's nor one of `methods/`.
     """
     fit, fixed = other_methods()
+    fixed = [DISTILLED, *fixed]
     known = [*PRESETS, *fit, *fixed]
     for name in names:
         if name not in known:
@@ -192,6 +193,8 @@ def restored(compression: Compression, name: str, ratio: float) -> Result:
     """The fine-tune as a method gives it back."""
     if name in PRESETS:
         return compression.by_preset(name, ratio)
+    if name == DISTILLED:
+        return compression.by_distillation(ratio)
     fit, fixed = other_methods()
     return compression.by_method((fit | fixed)[name], ratio, one_size=name in fixed)
 

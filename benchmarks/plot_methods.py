@@ -25,7 +25,8 @@ STYLES = {
     "Delta-CoMe": ("#009e73", "^", "-"), "Top-2": ("#009e73", "v", "--"),
     "Top-32": ("#009e73", "D", ":"), "low rank, 16-bit": ("#7f7f7f", "o", "-"),
     "ImPart": ("#7f7f7f", "s", "--"), "Delta-DCT": ("#cc79a7", "^", "-"),
-    "UltraDelta": ("#e69f00", "v", "-"), "BitDelta": ("#000000", "*", ""),
+    "UltraDelta": ("#e69f00", "v", "-"), "DeltaDQ": ("#e69f00", "^", "--"),
+    "BitDelta": ("#000000", "*", ""),
     "GPTQ of ΔW, 1 bit": ("#000000", "P", ""), "GPTQ of ΔW, 2 bits": ("#000000", "X", "")}
 PANELS = {"calibration inputs": "calibration", "held-out inputs": "held_out"}
 

@@ -306,6 +306,22 @@ def test_errors_of_methods_are_raised_here(compression):
     by(halved)  # the processes go on
 
 
+def test_trained_scales_bring_the_logits_nearer_at_the_bytes_of_bitdelta(compression):
+    plain = compression.by_method(bench.other_methods()[1]["BitDelta"], 3, one_size=True)
+    trained = compression.by_distillation(3)
+    assert trained.bytes == plain.bytes
+    before = answers.block_linears(compression.base_model)
+    for name, layer in answers.block_linears(trained.model).items():
+        added = layer.weight - before[name].weight
+        scale = added.abs().mean()
+        torch.testing.assert_close(
+            added, torch.where(compression.deltas[name] >= 0, scale, -scale), rtol=1e-3, atol=1e-6)
+    far, near = (sum((model.model(input_ids=ids[None]).logits
+                      - compression.reference(input_ids=ids[None]).logits).square().mean().item()
+                     for ids in compression.tokens) for model in (plain, trained))
+    assert near < 0.95 * far
+
+
 def test_the_budget_of_the_blocks_is_their_share(base, compression):
     made = compression.compressed("adamix", 3)
     shapes = {name: one.shape for name, one in made.delta.matrices.items()}

@@ -13,10 +13,10 @@ from adamix import relative_error
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 methods, tables, plot = map(importlib.import_module, ("methods", "method_tables", "plot_methods"))
-(adamix_published, bitdelta, components, delta_come, delta_dct, group_gptq, impart, low_rank,
- quantizer, ultradelta) = (importlib.import_module(f"methods.{name}") for name in (
-     "adamix_published", "bitdelta", "components", "delta_come", "delta_dct", "group_gptq",
-     "impart", "low_rank", "quantizer", "ultradelta"))
+(adamix_published, bitdelta, components, delta_come, delta_dct, delta_dq, group_gptq, impart,
+ low_rank, quantizer, ultradelta) = (importlib.import_module(f"methods.{name}") for name in (
+     "adamix_published", "bitdelta", "components", "delta_come", "delta_dct", "delta_dq",
+     "group_gptq", "impart", "low_rank", "quantizer", "ultradelta"))
 
 QUALITY = (ROOT / "benchmarks" / "QUALITY.md").read_text()
 OUT, IN = 96, 160
@@ -144,6 +144,8 @@ def test_the_bits_of_the_others_are_those_of_their_arrays(case):
     patches = delta_dct.compress(delta, gram, weights)
     shown = delta_dct.patches_of(patches.dense).abs().amax((1, 2)) > 1e-9
     assert patches.bits == int(shown.sum()) * (2 * 256 + 32) + 60 + 16
+    dropped = delta_dq.dropped(delta, gram, 3, 64, weights)
+    assert dropped.bits == 3 * int((dropped.dense != 0).sum()) + 64 + 48
     sparse = impart.compress(delta, gram, weights)
     assert sparse.bits <= weights and sparse.rank > 0
 
@@ -249,6 +251,16 @@ def test_ultradelta_keeps_the_same_share_of_each_value(case):
     assert kept == int((sparse != 0).sum())
     for value in values.unique():
         assert int((sparse == value).sum()) == int(0.25 * int((values == value).sum()))
+
+
+def test_deltadq_keeps_as_many_entries_of_every_group(case):
+    kept = delta_dq.keep_of_groups(case[0].shape, 64, 0.3)
+    for group, count in zip(kept.split(64, dim=1), (19, 19, 9), strict=True):  # 64, 64 and 32
+        assert (group.sum(dim=1) == count).all()
+    assert len({tuple(row) for row in kept.tolist()}) == OUT  # at random, row by row
+    assert torch.equal(kept, delta_dq.keep_of_groups(case[0].shape, 64, 0.3))
+    dense = delta_dq.dropped(*case, 2, 64, case[0].numel()).dense
+    assert len(dense.unique()) <= 1 + 2**2
 
 
 # --- the page ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from methods import (
     bitdelta,
     delta_come,
     delta_dct,
+    delta_dq,
     group_gptq,
     impart,
     low_rank,
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
     "ImPart": impart.compress,
     "Delta-DCT": delta_dct.compress,
     "UltraDelta": ultradelta.compress,
+    "DeltaDQ": delta_dq.compress,
 }
 # Of one size, whatever the budget.
 FIXED: dict[str, Method] = {

@@ -1,7 +1,8 @@
 """BitDelta (Liu et al., arXiv 2402.10193, section 3): α · sign(ΔW), α = mean |ΔW|.
 
 α is the least-squares scale (their eq. 3). They train it further through the whole model, which a
-matrix on its own does not allow: left out. Stored: a sign a weight, one 16-bit scale; one size.
+matrix on its own does not allow: scale_distillation.py does. Stored: a sign a weight, one 16-bit
+scale; one size.
 """
 
 from __future__ import annotations

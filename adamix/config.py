@@ -37,8 +37,8 @@ class Config:
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
         svd_damping: what the output-aware SVD adds to that λ: its components then hold for inputs
             that the calibration lacks too, at no more error on those that it has.
-        solver: the integer program's solver, "highs" or "cbc". Those of separate widths
-            are solved by dynamic programming, and by it only where tables would be too large.
+        solver: the integer program's solver, "highs" or "cbc". Programs of separate widths are
+            solved by dynamic programming, all but never by it.
         allocate: "matrix" gives every matrix the same bits a weight (as the paper does), "model"
             spends one budget where it lowers the summed output error most.
         embeddings: compress the embedding and `lm_head`; False stores them whole.

@@ -20,6 +20,9 @@ from adamix.errors import SolverError, reason
 # zero and an empty plan as optimal; with the total brought here both solvers resolve 1e-10 of it.
 OBJECTIVE_TOTAL = 1e4
 GAP = 1e-6
+# How far a plan may be above its bound where the tables that find the best one would be too large,
+# as for embeddings of a bit a weight or more. A solver can take minutes to come nearer.
+NEAR = 1e-3
 FEE_HALVINGS = 30
 # CBC's linear solver sets a handler of SIGINT while it runs and puts the one before back: two at a
 # time can put back each other's, and Ctrl-C is lost from then on.
@@ -35,7 +38,8 @@ def allocate(errors: Tensor, costs: Sequence[int], budget: int, *,
         errors: E `[rank, choices]`, error of component i under choice k; finite, >= 0.
         costs: bits that a component takes under each choice, the same for all components; whole.
         budget: bits in all.
-        sets: of choices, of which a plan keeps to one; None: all choices may be mixed.
+        sets: of choices, of which a plan keeps to one; None: all choices may be mixed. In a very
+            large table the plan's error may be 1e-3 of itself above the least.
         max_choices: at most this many different choices in use (f_max), None for no limit. With
             sets they are of the one whose linear relaxation has the least error.
         solver: "highs" or "cbc".
@@ -123,18 +127,20 @@ def _sets_of_few(errors: Tensor, costs: Sequence[int], budget: int, sets: Sequen
 def _best_of_set(errors: Tensor, part: Part, budget: int, known: float, solver: str
                  ) -> Tensor | None:
     """The best plan, or None where none is better than the known one."""
-    greedy = _greedy(errors, part.costs, Case(budget, len(errors), _kept(part.costs)))
-    if greedy is not None and _error(errors, greedy) < known:
-        known = _error(errors, greedy)
+    best = _greedy(errors, part.costs, Case(budget, len(errors), _kept(part.costs)))
+    if best is not None and _error(errors, best) < known:
+        known = _error(errors, best)
         if part.bound >= (1 - GAP) * known:
-            return greedy
+            return best
     else:
-        greedy = None
-    plan, is_certain = best_plan(errors, torch.tensor(part.costs), budget, part.price, GAP * known,
-                                 known)
-    if not is_certain and (plan is None or part.bound < (1 - GAP) * _error(errors, plan)):
-        return _best_of_cases(errors, part.costs, budget, solver)
-    return greedy if plan is None else plan
+        best = None
+    better, is_certain = best_plan(errors, torch.tensor(part.costs), budget, part.price,
+                                   GAP * known, known)
+    if better is not None:
+        best, known = better, _error(errors, better)
+    if not is_certain and part.bound < (1 - NEAR) * known:
+        return _best_of_cases(errors, part.costs, budget, solver, gap=NEAR)
+    return best
 
 
 def _few_choices(errors: Tensor, costs: Sequence[int], budget: int, max_choices: int, solver: str
@@ -146,7 +152,8 @@ def _few_choices(errors: Tensor, costs: Sequence[int], budget: int, max_choices:
     return _solve(errors, is_open, rows, max_choices, solver)
 
 
-def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: str) -> Tensor | None:
+def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: str,
+                   gap: float = GAP) -> Tensor | None:
     whole = Case(budget, len(scaled), _kept(costs))
     plan = _greedy(scaled, costs, whole)
     known = math.inf if plan is None else _error(scaled, plan)
@@ -159,7 +166,7 @@ def _best_of_cases(scaled: Tensor, costs: Sequence[int], budget: int, solver: st
         if not is_open.any(dim=1).all():
             continue  # none of its plans is as good as the known one
         rows = [(steps, case.budget), ([int(kept) for kept in case.kept], case.components)]
-        plan = _solve(scaled, is_open, rows, None, solver)
+        plan = _solve(scaled, is_open, rows, None, solver, gap)
         if plan is not None and (best is None or _error(scaled, plan) < known):
             best, known = plan, _error(scaled, plan)
     return best
@@ -280,7 +287,7 @@ def _error(errors: Tensor, plan: Tensor) -> float:
 
 
 def _solve(errors: Tensor, is_open: Tensor, rows: Sequence[tuple[Sequence[int], int]],
-           max_choices: int | None, solver: str) -> Tensor | None:
+           max_choices: int | None, solver: str, gap: float = GAP) -> Tensor | None:
     """The integer program over the open choices, whose costs keep to each row's bound; None where
     there is no such plan."""
     rank, choices = errors.shape
@@ -289,7 +296,7 @@ def _solve(errors: Tensor, is_open: Tensor, rows: Sequence[tuple[Sequence[int], 
     except (FileNotFoundError, NotImplementedError) as error:
         raise SolverError(f"python-mip cannot load the solver {solver} (highs needs highspy below "
                           f"1.16): {reason(error)}") from error
-    model.verbose, model.threads, model.max_mip_gap, model.seed = 0, 1, GAP, 0
+    model.verbose, model.threads, model.max_mip_gap, model.seed = 0, 1, gap, 0
     S = [{k: model.add_var(var_type=mip.BINARY, obj=row[k]) for k in range(choices) if allowed[k]}
          for row, allowed in zip(errors.tolist(), is_open.tolist(), strict=True)]
     for row in S:

@@ -53,7 +53,7 @@ struct DeltaGemmCudaArgs {
   const uint32_t* arena;
   int64_t capacity;  // slots of every table
   TokenRoutes routes;
-  int64_t max_rank;  // a slot with more components counts as empty
+  int64_t max_rank;  // a slot with more components counts as empty, or with other counts in U
   bool up_by_v;      // y += V z in place of U z, z being in the scratch already: delta_embedding
   // Scratch
   void* scratch;  // delta_gemm_scratch_bytes(args), aligned to 256 bytes

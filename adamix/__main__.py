@@ -126,7 +126,7 @@ def compress(
         help="Different widths in one matrix at most, 0 bits counted.")] = None,
     separate_widths: Annotated[bool | None, typer.Option(
         "--separate-widths/--no-separate-widths",
-        help="A width each for the two lanes of a component, or one for both.")] = None,
+        help="A width each for a component's row of V and column of U, or one for both.")] = None,
     decomposition: Annotated[Decomposition | None, typer.Option(
         help="SVD of the output's change, or of the plain difference.")] = None,
     objective: Annotated[Objective | None, typer.Option(

@@ -1,16 +1,11 @@
 """The integer programs in processes of their own, while a GPU works on other matrices.
 
-A program's Python holds the interpreter's lock, which every launch of a kernel needs too. The
-processes are started by hand: `multiprocessing` would run a user's main module in each.
+A program's Python holds the interpreter's lock, which every launch of a kernel needs too.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
-import queue
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -20,20 +15,14 @@ from torch import Tensor
 
 from adamix.compression.allocate import allocate
 from adamix.errors import SolverError
+from adamix.processes import Processes, answer
 
 
-class Solvers:
+class Solvers(Processes):
     """Calls `allocate` in one of some processes; threads may share it."""
 
     def __init__(self, processes: int) -> None:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                                    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._processes = [subprocess.Popen(
-            [sys.executable, "-m", "adamix.solving"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=environment) for _ in range(processes)]
-        self._free: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
-        for process in self._processes:
-            self._free.put(process)
+        super().__init__(["-m", "adamix.solving"], processes)
 
     def allocate(self, errors: Tensor, costs: Sequence[int], budget: int, **options: object
                  ) -> Tensor:
@@ -42,24 +31,16 @@ class Solvers:
         Raises:
             SolverError: the process ended.
         """
-        process = self._free.get()
-        try:
-            _send(process.stdin, (errors.cpu().numpy(), list(costs), budget, options))
-            found = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise SolverError(f"a solver's process ended with status {process.poll()}") from error
-        finally:
-            self._free.put(process)
+        with self.lent() as process:
+            try:
+                _send(process.stdin, (errors.cpu().numpy(), list(costs), budget, options))
+                found = pickle.load(process.stdout)
+            except (OSError, EOFError, pickle.UnpicklingError) as error:
+                raise SolverError(
+                    f"a solver's process ended with status {process.poll()}") from error
         if isinstance(found, Exception):
             raise found
         return torch.from_numpy(found)
-
-    def close(self) -> None:
-        """End the processes, whatever they are at."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate()
 
 
 @contextmanager
@@ -91,7 +72,4 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    # Answers go where standard output went; what a solver prints goes to standard error.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    serve(sys.stdin.buffer, answers)
+    answer(serve)

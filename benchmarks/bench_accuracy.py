@@ -150,7 +150,7 @@ class Bench:
             except (NoSuchSize, BudgetError) as error:
                 self.write(replace(row, note=str(error)))
                 continue
-            note = "one size" if name in (DISTILLED, *other_methods()[1]) else ""
+            note = "one size" if name in one_size() else ""
             row = replace(row, bytes=result.bytes, error=result.error,
                           error_held_out=result.error_held_out, seconds=result.seconds, note=note)
             self.write(questions.score(row, result.model, reference))
@@ -179,9 +179,8 @@ def runs(names: list[str], ratios: list[float]) -> Iterator[tuple[str, float]]:
     Raises:
         SystemExit: a name is neither a preset's nor one of `methods/`.
     """
-    fit, fixed = other_methods()
-    fixed = [DISTILLED, *fixed]
-    known = [*PRESETS, *fit, *fixed]
+    fixed = one_size()
+    known = [*PRESETS, *other_methods()[0], *fixed]
     for name in names:
         if name not in known:
             raise SystemExit(f"no method {name!r}: it is one of {'; '.join(known)}")
@@ -206,6 +205,11 @@ def other_methods() -> tuple[dict[str, Callable[..., object]], dict[str, Callabl
     except ImportError:
         return {}, {}
     return dict(METHODS), dict(FIXED)
+
+
+def one_size() -> list[str]:
+    """The methods that have one size, whatever the ratio."""
+    return [DISTILLED, *other_methods()[1]]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,20 +1,14 @@
 """Functions of matrices in processes of their own, with one torch thread each.
 
 The methods of `methods/` are loops of small torch calls and models of integer programs built in
-Python: as threads they wait for the interpreter's lock, and many cores are no faster than one. The
-processes are started by hand: the parent may have CUDA initialised, so that it must not fork, and
-`multiprocessing` would run its main module in each.
+Python: as threads they wait for the interpreter's lock, and many cores are no faster than one.
 """
 
 from __future__ import annotations
 
 import atexit
 import io
-import os
 import pickle
-import queue
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import BinaryIO
@@ -24,25 +18,17 @@ import torch
 from torch import Tensor
 
 from adamix.parallel import available_cores, workers
+from adamix.processes import Process, Processes
 
-SERVE = "import method_processes; method_processes.main()"  # as __main__ its names would differ
+# As __main__ its names would differ.
+SERVE = "from adamix.processes import answer; import method_processes as m; answer(m.serve)"
 
 
-class Processes:
+class MethodProcesses(Processes):
     """Calls functions that are found by name, or partials of them; threads may share it."""
 
     def __init__(self, count: int) -> None:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                                    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._processes = [subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, env=environment)
-                           for _ in range(count)]
-        self._free: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
-        for process in self._processes:
-            self._free.put(process)
-
-    def __len__(self) -> int:
-        return len(self._processes)
+        super().__init__(["-c", SERVE], count)
 
     def prepare(self, function: Callable[..., object]) -> None:
         """Have each process import what a function needs; none may be at work."""
@@ -55,29 +41,19 @@ class Processes:
         Raises:
             RuntimeError: the process ended.
         """
-        process = self._free.get()
-        try:
+        with self.lent() as process:
             return _ask(process, function, *arguments)
-        finally:
-            self._free.put(process)
-
-    def close(self) -> None:
-        """End the processes, whatever they are at."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate()
 
 
 @cache
-def processes() -> Processes:
+def processes() -> MethodProcesses:
     """One a core, from the first call to the end of this process."""
-    pool = Processes(available_cores())
+    pool = MethodProcesses(available_cores())
     atexit.register(pool.close)
     return pool
 
 
-def _ask(process: subprocess.Popen[bytes], *request: object) -> object:
+def _ask(process: Process, *request: object) -> object:
     message = _pickled(request)  # an error here leaves the pipe as it was
     try:
         _send(process.stdin, message)
@@ -138,10 +114,3 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except EOFError:
             return
         _send(answers, _answer(request))
-
-
-def main() -> None:
-    """Answers go where standard output went; what a method prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    serve(sys.stdin.buffer, answers)

@@ -109,7 +109,7 @@ def evaluate(base: str | Path | None, finetuned: str | Path | None = None,
     if delta is not None:
         read_manifest(Path(delta))
     tokenizer = tokenizer_of([path for path in (finetuned, delta, base) if path is not None])
-    asked = _read_prompts(prompts, limit)
+    asked = read_prompts(prompts, limit)
     answered = [answered_window(tokenizer, prompt) for prompt in asked]
     texts = _texts(tokenizer, text)
     scored = sum(len(ids) - 1 for ids in texts)
@@ -298,7 +298,8 @@ def _texts(tokenizer: transformers.PreTrainedTokenizerBase, source: str | Path |
     return texts
 
 
-def _read_prompts(source: str | Path | Sequence[Prompt] | None, limit: int | None) -> list[Prompt]:
+def read_prompts(source: str | Path | Sequence[Prompt] | None, limit: int | None) -> list[Prompt]:
+    """The first `limit` of a `.jsonl` file of {"prompt", "answer"}, or of what is there already."""
     if source is None:
         return []
     if not isinstance(source, (str, Path)):

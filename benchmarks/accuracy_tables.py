@@ -52,7 +52,8 @@ def _table(model: str, family: str, rows: list[AccuracyRow]) -> str:
                      mean_of([row.error_held_out for row in own], 4),
                      mean_of(sizes, 2, spread=False)]
         lines.append(line)
-    return "\n\n".join([f"**{model}, {family}** ({prompts} prompts): {ends}.",
+    pair = f"{model}, {family}" if family else model
+    return "\n\n".join([f"**{pair}** ({prompts} prompts): {ends}.",
                         table(head, lines, numbers=True), *comparisons(rows)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from task_families import MAX_NEW_TOKENS, Example, is_right
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,19 +15,19 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 AT_ONCE = {"cuda": 250, "cpu": 25}  # prompts generated together
 
 
-def count_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                asked: list[Example]) -> dict[str, int]:
+def count_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Example],
+                right: Callable[[Example, str], bool] = is_right) -> dict[str, int]:
     """Right answers by task; greedy. The model is left in eval mode."""
     model.eval()
-    right = {example.task: 0 for example in asked}
+    counts = {example.task: 0 for example in asked}
     size = AT_ONCE[model.device.type]
     for first in range(0, len(asked), size):
         batch = asked[first : first + size]
         texts = answer(model, tokenizer, [example.prompt for example in batch],
                        max_new_tokens=MAX_NEW_TOKENS)
         for example, text in zip(batch, texts, strict=True):
-            right[example.task] += is_right(example, text)
-    return right
+            counts[example.task] += right(example, text)
+    return counts
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -2,6 +2,8 @@
 
     python benchmarks/bench_accuracy.py --base BASE --finetunes PAIR .. --lora LORA .. \\
         --csv benchmarks/results/accuracy.csv
+    python benchmarks/bench_accuracy.py --base examples/base --finetunes examples/finetuned \\
+        --asked examples/eval.jsonl --text examples/heldout_text.jsonl    # a pair of other making
     python benchmarks/bench_accuracy.py --table      # the tables, from the rows alone
 
 Greedy answers to held-out prompts, exact or wrong; KL(fine-tune ‖ model) a token on these prompts
@@ -21,55 +23,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from accuracy_models import DISTILLED, PRESETS, Compression, NoSuchSize, Result, model_bytes
 from accuracy_tables import BASE, FINETUNE, LORA, ROWS, markdown
-from answers import count_right
+from questions import Questions
 from rows import AccuracyRow, append_row, command_of, commit, read_rows
-from task_families import GENERAL_TEXT, Example, held_out_examples
 from train_pair import RECORD
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import adamix
 from adamix.errors import BudgetError
-from adamix.evaluation import Prompt, Window, answered_window, score_windows, sliding_windows
 from adamix.generation import tokenizer_of
 from adamix.source.models import load_model
-
-WINDOW = 512  # tokens of general text at a time
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What every model of a family is scored on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    asked: list[Example]
-    answered: list[Window]
-    text: list[Window]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, family: str, count: int, text: str,
-           context: int) -> Questions:
-        asked = held_out_examples(family, count)
-        ids = torch.tensor(tokenizer(text)["input_ids"])
-        return cls(tokenizer, asked,
-                   [answered_window(tokenizer, Prompt(one.prompt, one.answer)) for one in asked],
-                   list(sliding_windows(ids, min(WINDOW, context), tokenizer.bos_token_id)))
-
-    def score(self, row: AccuracyRow, model: PreTrainedModel, reference: PreTrainedModel | None
-              ) -> AccuracyRow:
-        """The row with what the model scores; without a reference no KL."""
-        right = sum(count_right(model, self.tokenizer, self.asked).values())
-        row = replace(row, prompts=len(self.asked), right=right)
-        if reference is None:
-            return row
-        return replace(row, kl_prompts=score_windows(model, self.answered, reference)[1],
-                       kl_text=score_windows(model, self.text, reference)[1])
 
 
 class Bench:
@@ -107,9 +77,20 @@ class Bench:
     def load(self, folder: Path) -> PreTrainedModel:
         return load_model(folder).to(self.device)
 
+    def pair(self, folder: Path) -> tuple[AccuracyRow, dict[str, Any]]:
+        """A row of the pair's, and what its training.json says. A pair whose questions are in a
+        file needs none, and is called after the folder that has its base."""
+        if self.args.asked is None:
+            training = json.loads((folder / RECORD).read_text())
+            name, family = self.args.base.name, training["family"]
+        else:
+            training = {"seed": 0, "seconds": None}
+            name, family = self.args.base.resolve().parent.name, ""
+        return AccuracyRow(name, family, BASE, None, training["seed"], None), training
+
     def questions(self, model: PreTrainedModel, family: str) -> Questions:
-        text = self.args.text.read_text() if self.args.text else GENERAL_TEXT
-        return Questions.of(tokenizer_of([self.args.base]), family, self.args.prompts, text,
+        return Questions.of(tokenizer_of([self.args.base]), self.args.asked or family,
+                            self.args.prompts, self.args.text,
                             model.config.max_position_embeddings)
 
     def compression(self, folder: Path, base: PreTrainedModel, reference: PreTrainedModel,
@@ -122,9 +103,7 @@ class Bench:
 
     def finetune(self, folder: Path) -> None:
         """All methods, ratios and seeds on one fine-tune, and what stands at both ends."""
-        training = json.loads((folder / RECORD).read_text())
-        start = AccuracyRow(self.args.base.name, training["family"], BASE, None, training["seed"],
-                            None)
+        start, training = self.pair(folder)
         base, reference = self.load(self.args.base), self.load(folder)
         questions = self.questions(reference, start.family)
         if self.missing(start):
@@ -159,15 +138,14 @@ class Bench:
 
     def lora(self, folder: Path) -> None:
         """A LoRA, at that of the ratios which is nearest to its size."""
-        training = json.loads((folder / RECORD).read_text())
-        if not training["lora"]:
+        start, training = self.pair(folder)
+        if not training.get("lora"):
             raise SystemExit(f"{folder} is no LoRA's: name it after --finetunes")
         model = self.load(folder)
         exact = model_bytes(model) / training["adapter_bytes"]
         ratio = min(self.args.ratios, key=lambda ratio: abs(math.log(ratio / exact)))
-        row = AccuracyRow(self.args.base.name, training["family"], LORA, ratio,
-                          training["seed"], None, bytes=training["adapter_bytes"],
-                          seconds=training["seconds"], note=f"rank {training['lora']}")
+        row = replace(start, method=LORA, ratio=ratio, bytes=training["adapter_bytes"],
+                      seconds=training["seconds"], note=f"rank {training['lora']}")
         if self.missing(row):
             self.write(self.questions(model, row.family).score(row, model, None))
 
@@ -224,6 +202,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="of the calibration")
     parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
+    parser.add_argument("--asked", type=Path, metavar="JSONL",
+                        help=f"prompts and answers of pairs without a {RECORD}")
     parser.add_argument("--text", type=Path, help="a file of general text, for KL")
     parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import tempfile
 import time
@@ -133,13 +132,11 @@ class Paper(Bench):
     def finetune(self, folder: Path) -> None:
         """All parts on one fine-tune."""
         self.began = time.monotonic()
-        training = json.loads((folder / RECORD).read_text())
+        pair, _ = self.pair(folder)
         base, reference = self.load(self.args.base), self.load(folder)
-        family = training["family"]
-        questions = self.questions(reference, family)
+        questions = self.questions(reference, pair.family)
         for seed in self.args.seeds:
-            start = AccuracyRow(self.args.base.name, family, "", self.args.ratio, training["seed"],
-                                seed)
+            start = replace(pair, ratio=self.args.ratio, seed=seed)
             with tempfile.TemporaryDirectory(prefix="adamix-paper-") as made:
                 compression = self.compression(folder, base, reference, questions, seed,
                                                Path(made))
@@ -319,6 +316,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
     parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
+    parser.add_argument("--asked", type=Path, metavar="JSONL",
+                        help=f"prompts and answers of pairs without a {RECORD}")
     parser.add_argument("--text", type=Path, help="a file of general text, for KL")
     parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")

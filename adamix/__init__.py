@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adamix.pipeline import Summary, compress, compress_matrix
     from adamix.serving.bank import BankMetrics, DeltaBank
     from adamix.serving.continuous import ContinuousBatching, continuous_batching
+    from adamix.tuning import TuneSummary, tune
 
 _HOME = {
     "BankMetrics": "serving.bank",
@@ -34,6 +35,7 @@ _HOME = {
     "ModelDelta": "artifacts",
     "PackedDelta": "artifacts",
     "Summary": "pipeline",
+    "TuneSummary": "tuning",
     "attach": "api",
     "compress": "pipeline",
     "compress_matrix": "pipeline",
@@ -44,6 +46,7 @@ _HOME = {
     "load": "merging",
     "merge": "merging",
     "relative_error": "compression.error",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "ModelDelta",
     "PackedDelta",
     "Summary",
+    "TuneSummary",
     "__version__",
     "attach",
     "compress",
@@ -70,6 +74,7 @@ __all__ = [
     "load",
     "merge",
     "relative_error",
+    "tune",
 ]
 
 

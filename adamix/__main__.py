@@ -263,6 +263,32 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    base: Base,
+    finetuned: Finetuned,
+    delta: Delta,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Delta folder to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples.")] = 0,
+    device: Annotated[str | None, typer.Option(
+        help="cpu, cuda or cuda:N [default: a GPU where there is one].")] = None,
+    dtype: Annotated[Dtype, typer.Option(
+        help="That both models compute in: float32 or bfloat16.")] = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Train a delta's scales through the whole model: nearer to FINETUNED, at the same bytes."""
+    if dtype is Dtype.float16:
+        raise typer.BadParameter("--dtype must be float32 or bfloat16, got float16")
+    _quiet()
+    from adamix.tuning import tune as run
+
+    with display.shown_progress() as progress:
+        done = run(base, finetuned, delta, out, steps=steps, seed=seed, device=device,
+                   dtype=dtype.value, progress=progress)
+    (display.show_json(reports.tuning_json(done)) if as_json else reports.show_tuning(done))
+
+
+@app.command()
 def merge(
     base: Base,
     delta: Delta,

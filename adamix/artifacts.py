@@ -168,12 +168,17 @@ class PackedDelta:
         """`nbytes` in bits over the number of weights."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
-    def dequantize(self) -> Tensor:
-        """Δ̂ `[out, in]` fp32."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The odd integers that the codes stand for: V̂'s `[rank, in]`, Û's columns `[rank, out]`;
+        fp32."""
         out_features, in_features = self.shape
         v_words = ops.v_words(in_features, self.v_counts)
-        V = _unpacked(self.words[:v_words], self.v_counts, in_features)
-        U = _unpacked(self.words[v_words:], self.u_counts, out_features)
+        return (_unpacked(self.words[:v_words], self.v_counts, in_features),
+                _unpacked(self.words[v_words:], self.u_counts, out_features))
+
+    def dequantize(self) -> Tensor:
+        """Δ̂ `[out, in]` fp32."""
+        V, U = self.factors()
         return (U * self.scales[:, None]).T @ V
 
 

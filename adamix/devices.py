@@ -91,6 +91,23 @@ def expand_segments() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def find_device(device: str | torch.device) -> torch.device:
+    """The CPU or a GPU that is here.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"expected a device like cpu or cuda:0, got {device!r}") from error
+    if found.type != "cpu" and (found.type != "cuda" or not torch.cuda.is_available() or
+                                (found.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(f"there is no device {device}: {torch.cuda.device_count()} CUDA devices "
+                          f"are here")
+    return found
+
+
 def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype]) -> Compute:
     """The device that a user asked for, or a GPU where there is one.
 
@@ -104,16 +121,9 @@ def find_compute(device: str | torch.device | None, dtypes: Iterable[torch.dtype
     has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("adamix::gptq", "CUDA")
     if device is None:
         device = "cuda" if torch.cuda.is_available() and has_kernels else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"expected a device like cpu or cuda:0, got {device!r}") from error
+    found = find_device(device)
     if found.type == "cpu":
         return CPU
-    if found.type != "cuda" or not torch.cuda.is_available() or (
-            (found.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError(f"there is no device {device}: {torch.cuda.device_count()} CUDA devices "
-                          f"are here")
     if not has_kernels:
         raise DeviceError("this adamix was built without CUDA: build it with ADAMIX_CUDA=ON, or "
                           "give --device cpu")

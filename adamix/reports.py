@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from adamix.inspection import Inspection, KindRow
     from adamix.pipeline import Summary
     from adamix.storage.log import MatrixRow
+    from adamix.tuning import TuneSummary
 
 
 def summary_json(summary: Summary) -> dict[str, object]:
@@ -54,6 +56,19 @@ def show_summary(summary: Summary) -> None:
           if summary.resumed else []),
         ("time", stages),
         ("peak memory", size(summary.peak_bytes))])
+
+
+def tuning_json(done: TuneSummary) -> dict[str, object]:
+    return dataclasses.asdict(done) | {"out": str(done.out)}
+
+
+def show_tuning(done: TuneSummary) -> None:
+    change = f"{done.kl_before:.3g} nats a token before, {done.kl_after:.3g} after"
+    display.show_facts([
+        ("wrote", f"{done.out}: {display.bytes_text(done.bytes)}, as before"),
+        ("trained", f"{done.scales} scales of {done.matrices} matrices on {done.tokens} tokens"),
+        ("KL, held out", change if done.kept else f"{change}: the scales are left as they were"),
+        ("time", display.seconds_text(done.seconds))])
 
 
 @contextmanager

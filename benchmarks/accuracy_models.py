@@ -31,10 +31,11 @@ from adamix.merging import restored_model
 from adamix.parallel import workers
 from adamix.storage.log import TOKENS_FILE
 
-ONE_BUDGET = "adamix, one budget"
+ONE_BUDGET, TUNED = "adamix, one budget", "adamix, tuned"
 DISTILLED = "BitDelta, distilled"
 PRESETS = {"adamix": adamix.Config(), "paper": adamix.Config.preset("paper"),
-           ONE_BUDGET: adamix.Config(allocate="model")}
+           ONE_BUDGET: adamix.Config(allocate="model"),
+           TUNED: adamix.Config()}  # and then `adamix.tune`
 ANY_SIZE = 2**62  # bits, for a method that has one size only
 
 
@@ -95,8 +96,13 @@ class Compression:
 
     def compressed(self, preset: str, ratio: float) -> Compressed:
         """By this project's method; the first call samples the tokens that all others use too."""
+        out = self.folder / f"{preset}-{ratio:g}"
+        if (preset, ratio) not in self._made and preset == TUNED:
+            before = self.compressed("adamix", ratio)
+            adamix.tune(self.base, self.finetuned, before.folder, out,
+                        device=str(self.reference.device))
+            self._made[preset, ratio] = replace(before, folder=out, delta=adamix.load(out))
         if (preset, ratio) not in self._made:
-            out = self.folder / f"{preset}-{ratio:g}"
             # On a GPU only where this project's kernels are built for one.
             device = None if self.reference.device.type == "cuda" else "cpu"
             config = replace(PRESETS[preset], ratio=ratio, seed=self.config.seed,
@@ -147,11 +153,11 @@ class Compression:
         return {name: sums[leader].cpu() for leader, names in groups.items() for name in names}
 
     def by_preset(self, preset: str, ratio: float) -> Result:
-        """The blocks by this project's method with a preset; with one budget for all matrices the
-        rest of the model too."""
+        """The blocks by this project's method with a preset; with one budget for all matrices, and
+        with tuned scales, the rest of the model too."""
         start = time.perf_counter()
         own = self.compressed(preset, ratio)
-        frame = own if preset == ONE_BUDGET else self.compressed("adamix", ratio)
+        frame = own if preset in (ONE_BUDGET, TUNED) else self.compressed("adamix", ratio)
         packed = {name: own.delta.matrices[f"{name}.weight"] for name in self.deltas}
         return self._result(frame, {name: one.dequantize() for name, one in packed.items()},
                             8 * sum(one.nbytes for one in packed.values()), start)

@@ -343,6 +343,15 @@ def test_the_budget_of_the_blocks_is_their_share(base, compression):
     assert result.bytes == made.summary.bytes
 
 
+def test_tuned_scales_are_those_of_tune_at_the_same_bytes(compression):
+    plain, tuned = (compression.compressed(name, 3) for name in ("adamix", models.TUNED))
+    result = compression.by_preset(models.TUNED, 3)
+    assert result.bytes == plain.summary.bytes
+    exact = models.restored_model(compression.base, tuned.folder).state_dict()
+    for name, weight in result.model.state_dict().items():
+        torch.testing.assert_close(weight, exact[name])
+
+
 def test_a_name_that_no_method_has_is_refused():
     with pytest.raises(SystemExit, match="no method 'nothing': it is one of adamix; paper"):
         list(bench.runs(["nothing"], [16.0]))

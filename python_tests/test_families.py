@@ -11,6 +11,7 @@ import pytest
 import torch
 from routed_models import VISION, random_model
 from safetensors.torch import load_file
+from scales_by_hooks import assert_hooks_compute_what_the_scales_do
 from tiny_models import checkpoint_tensors, decaying_delta
 from tiny_models import one_thread as one_thread
 from torch import Tensor
@@ -232,3 +233,13 @@ def test_a_fine_tune_of_the_language_model_alone_is_routed(architecture, tmp_pat
     with adamix.attach(model, {"mine": tmp_path / "delta"}).route([None, "mine"]):
         got = logits(model, ids)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_scales_can_be_tuned_in_every_linear_layer_of_the_language_model(architecture, tmp_path):
+    made = family(architecture).folder
+    trained = assert_hooks_compute_what_the_scales_do(made / "base", made / "delta",
+                                                      tmp_path / "out")
+    matrices = read_delta(made / "delta").matrices
+    assert {name for name in matrices if re.search(r"(q|k|v|o|qkv|c_attn)(_proj)?\.weight$", name)
+            and "vis" not in name} <= trained

@@ -200,9 +200,13 @@ def write_delta(delta: ModelDelta, folder: Path, *, shard_bytes: int = SHARD_BYT
 
 def delta_bytes(folder: Path) -> int:
     """Bytes on disk of all that loading needs."""
-    return sum(path.stat().st_size for path in folder.iterdir()
-               if path.name == CONFIG_FILE or path.name == INDEX_FILE
-               or (path.name.startswith("delta") and path.suffix == ".safetensors"))
+    return sum(path.stat().st_size for path in folder.iterdir() if is_delta_file(path))
+
+
+def is_delta_file(path: Path) -> bool:
+    """Whether a file of a delta folder holds what loading needs."""
+    return (path.name == CONFIG_FILE or path.name == INDEX_FILE
+            or (path.name.startswith("delta") and path.suffix == ".safetensors"))
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -160,8 +160,10 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, *,
                         time.perf_counter() - start)
 
 
-def restored_model(base: str | Path, delta: str | Path) -> transformers.PreTrainedModel:
-    """The restored fine-tune in memory, in fp32 and eval mode, without a file in between.
+def restored_model(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.float32
+                   ) -> transformers.PreTrainedModel:
+    """The restored fine-tune in memory and eval mode, without a file in between; added up in fp32,
+    then rounded to `dtype`.
 
     Raises:
         AdamixError: the base is another one, or a folder cannot be read.
@@ -176,7 +178,7 @@ def restored_model(base: str | Path, delta: str | Path) -> transformers.PreTrain
                for name, tensor in restore(source, model_delta)}
     try:
         model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors,
-                                            dtype=torch.float32)
+                                            dtype=dtype)
     except MODEL_FAULTS as error:
         raise DeltaFileError(
             f"{folder}: its tensors do not fit its config: {reason(error)}") from error

@@ -105,8 +105,9 @@ def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | 
     place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     progress = progress or Silent()
     found, tokens = read_delta(delta), _tokens(delta)
-    model = restored_model(base, delta).to(place, getattr(torch, dtype)).requires_grad_(False)
-    reference = load_model(Checkpoint(finetuned).folder, getattr(torch, dtype)).to(place)
+    kind = getattr(torch, dtype)
+    model = restored_model(base, delta, kind).to(place).requires_grad_(False)
+    reference = load_model(Checkpoint(finetuned).folder, kind).to(place)
     with _Trained(model, found) as trained:
         training = _Training(model, reference, tokens.to(place), progress)
         before = training.score()

@@ -1,6 +1,7 @@
 """The rival methods of benchmarks/methods against their published descriptions."""
 
 import importlib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -254,13 +255,24 @@ def test_ultradelta_keeps_the_same_share_of_each_value(case):
 
 
 def test_deltadq_keeps_as_many_entries_of_every_group(case):
-    kept = delta_dq.keep_of_groups(case[0].shape, 64, 0.3)
+    budget = int(0.3 * 4 * case[0].numel()) + delta_dq.BESIDE + 1
+
+    def drawn():
+        return (delta_dq.places_in_groups(case[0].shape, 64)
+                < delta_dq.kept_of(64, 4, case[0], budget))
+
+    kept = drawn()
     for group, count in zip(kept.split(64, dim=1), (19, 19, 9), strict=True):  # 64, 64 and 32
         assert (group.sum(dim=1) == count).all()
     assert len({tuple(row) for row in kept.tolist()}) == OUT  # at random, row by row
-    assert torch.equal(kept, delta_dq.keep_of_groups(case[0].shape, 64, 0.3))
+    assert torch.equal(kept, drawn())
     dense = delta_dq.dropped(*case, 2, 64, case[0].numel()).dense
     assert len(dense.unique()) <= 1 + 2**2
+    delta, gram = case
+    errors = {(bits, group): relative_error(
+        delta, delta_dq.dropped(delta, gram, bits, group, budget).dense, gram)
+        for bits, group in itertools.product(delta_dq.WIDTHS, delta_dq.GROUPS)}
+    assert errors[delta_dq.chosen_codes(delta, gram, budget)] <= 1.0001 * min(errors.values())
 
 
 # --- the page ----------------------------------------------------------------------------------

@@ -119,6 +119,19 @@ def test_few_tokens_move_scales_less_than_the_prior_alone_would(pair, tuned, tmp
     assert moved(tmp_path / "free").norm() > 2 * moved(tuned.out).norm()
 
 
+def test_models_in_16_bits_give_nearly_the_same_scales(pair, tuned, tmp_path):
+    done = adamix.tune(pair.base, pair.finetuned, pair.delta, tmp_path / "out", dtype="bfloat16",
+                       **OPTIONS)
+    assert done.kl_before == pytest.approx(tuned.kl_before, rel=0.05)
+    model = restored_model(pair.base, pair.delta, torch.bfloat16)
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    moves = [torch.cat([(read_delta(folder).matrices[name].scales / packed.scales).log()
+                        for name, packed in read_delta(pair.delta).matrices.items()])
+             for folder in (tuned.out, tmp_path / "out")]
+    assert not done.kept or torch.corrcoef(torch.stack(moves))[0, 1] > 0.5
+
+
 def test_scales_stay_where_training_brings_nothing(pair, tmp_path):
     done = adamix.tune(pair.base, pair.finetuned, pair.delta, tmp_path / "out", steps=3,
                        learning_rate=0.9, device="cpu")

@@ -268,6 +268,8 @@ def tune(
     finetuned: Finetuned,
     delta: Delta,
     out: Annotated[Path, typer.Option("--out", "-o", help="Delta folder to write.")],
+    calibration: Annotated[str | None, typer.Option(
+        help="What to train on, as for compress [default: the tokens that calibrated].")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of training.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the order of the samples.")] = 0,
     device: Annotated[str | None, typer.Option(
@@ -283,8 +285,8 @@ def tune(
     from adamix.tuning import tune as run
 
     with display.shown_progress() as progress:
-        done = run(base, finetuned, delta, out, steps=steps, seed=seed, device=device,
-                   dtype=dtype.value, progress=progress)
+        done = run(base, finetuned, delta, out, calibration=calibration, steps=steps, seed=seed,
+                   device=device, dtype=dtype.value, progress=progress)
     (display.show_json(reports.tuning_json(done)) if as_json else reports.show_tuning(done))
 
 

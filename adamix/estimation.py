@@ -31,10 +31,10 @@ from adamix.foreseen import Foreseen
 from adamix.foreseen_memory import gpu_bytes, host_memory
 from adamix.naming import index_of
 from adamix.parallel import available_cores, workers
-from adamix.pipeline import context_of, manifest_of, origin_of
+from adamix.pipeline import manifest_of, origin_of
 from adamix.rates import measure, measure_gpu
 from adamix.source.architecture import Architecture, describe
-from adamix.source.checkpoints import Checkpoint
+from adamix.source.checkpoints import Checkpoint, context_of
 from adamix.source.models import empty_model
 from adamix.source.targets import Survey, Target, Treatment, check_pair, presumed_survey
 

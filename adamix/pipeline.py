@@ -37,7 +37,7 @@ from adamix.progress import Progress, Silent, timed
 from adamix.ranks import Ranks, launched
 from adamix.solving import solvers
 from adamix.source.architecture import Architecture, describe
-from adamix.source.checkpoints import COPIED, Checkpoint
+from adamix.source.checkpoints import COPIED, Checkpoint, context_of
 from adamix.source.models import empty_model, find_tokenizer, load_model, skeleton
 from adamix.source.parts import ModelTensors
 from adamix.source.targets import Survey, Treatment, check_pair, survey
@@ -310,12 +310,6 @@ def _read_tokens(finetuned: Checkpoint, architecture: Architecture, config: Conf
                       seed=config.seed)
     progress.advance()
     return tokens
-
-
-def context_of(checkpoint: Checkpoint) -> int | None:
-    """The most tokens of a sequence that the model's config speaks of."""
-    settings = checkpoint.config.get("text_config", checkpoint.config)
-    return settings.get("max_position_embeddings") if isinstance(settings, dict) else None
 
 
 def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,

@@ -30,13 +30,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from adamix.artifacts import ModelDelta, PackedDelta
+from adamix.calibration.texts import tokenize
+from adamix.calibration.token_ids import Source, given_ids
+from adamix.config import Config
 from adamix.devices import find_device
 from adamix.errors import AdamixError, CalibrationError
 from adamix.evaluation import Window, score_windows
+from adamix.generation import tokenizer_of
 from adamix.merging import restored_model
 from adamix.progress import Progress, Silent
-from adamix.source.checkpoints import Checkpoint
-from adamix.source.models import load_model
+from adamix.source.checkpoints import Checkpoint, context_of
+from adamix.source.models import empty_model, load_model
 from adamix.source.parts import find_parts
 from adamix.storage.file import (
     delta_bytes,
@@ -49,7 +53,7 @@ from adamix.storage.file import (
 from adamix.storage.log import TOKENS_FILE
 
 STEPS, BATCH, SAMPLE = 200, 4, 128  # of training; samples a step; tokens of a sample at most
-LEARNING_RATE = 0.005  # Adam's, of a scale's logarithm; the highest
+LEARNING_RATE = 0.02  # Adam's, of a scale's logarithm; the highest
 WARMUP = 10  # steps; from then on it falls to 0 in a line
 PRIOR = 0.1  # standard deviation of a scale's logarithm, as far as nothing is known of it
 HELD_OUT = 8  # of so many sequences one is not trained on and says what it brought
@@ -72,9 +76,9 @@ class TuneSummary:
 
 
 def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | Path, *,
-         steps: int = STEPS, learning_rate: float = LEARNING_RATE, seed: int = 0,
-         device: str | None = None, dtype: str = "float32", progress: Progress | None = None
-         ) -> TuneSummary:
+         calibration: Source | None = None, steps: int = STEPS,
+         learning_rate: float = LEARNING_RATE, seed: int = 0, device: str | None = None,
+         dtype: str = "float32", progress: Progress | None = None) -> TuneSummary:
     """Train the scales of a delta's linear layers and embeddings and write it anew.
 
     Both models are in memory, and the factors of the delta. Experts' matrices, embeddings that do
@@ -83,7 +87,9 @@ def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | 
 
     Args:
         base, finetuned: the checkpoints that the delta was made from.
-        delta: a delta folder with its `calibration.safetensors`.
+        delta: a delta folder.
+        calibration: what to train on, as `compress` takes it, best of the kind that the fine-tune
+            will be asked; as many sequences as there. Default: the tokens that calibrated.
         out: the folder to write; must not exist. Of the same bytes, log and pictures copied.
         steps: of Adam, each of four samples of up to 128 tokens.
         learning_rate: of a scale's logarithm, the highest.
@@ -104,7 +110,9 @@ def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | 
     refuse_existing(out)
     place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     progress = progress or Silent()
-    found, tokens = read_delta(delta), _tokens(delta)
+    found = read_delta(delta)
+    tokens = _tokens_of(delta) if calibration is None else _tokens_from(
+        calibration, [finetuned, delta, base], found.manifest.config)
     kind = getattr(torch, dtype)
     model = restored_model(base, delta, kind).to(place).requires_grad_(False)
     reference = load_model(Checkpoint(finetuned).folder, kind).to(place)
@@ -210,7 +218,9 @@ class _Training:
     def run(self, parameters: list[nn.Parameter], steps: int, learning_rate: float, seed: int
             ) -> None:
         strength = 1 / (2 * PRIOR**2 * self.samples.numel())
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        # A gradient that the second term has at f = PRIOR is a step's worth; lesser ones are less.
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate,
+                                     eps=1 / (PRIOR * self.samples.numel()))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
         self._progress.stage("tuning scales", steps)
@@ -247,14 +257,32 @@ def _batches(count: int, seed: int) -> Iterator[list[int]]:
         waiting = waiting[BATCH:]
 
 
-def _tokens(delta: Path) -> Tensor:
+def _tokens_of(delta: Path) -> Tensor:
     """That calibrated, `[sequences, length]`."""
     try:
         tokens = load_file(delta / TOKENS_FILE)["input_ids"].long()
     except (OSError, KeyError, SafetensorError) as error:
         raise CalibrationError(f"{delta} has no {TOKENS_FILE}, the tokens that calibrated: "
                                f"{error}") from error
+    return _enough(tokens, str(delta / TOKENS_FILE))
+
+
+def _tokens_from(source: Source, models: list[str | Path], config: dict[str, object]) -> Tensor:
+    """Of a source, as `compress` with this config would choose them."""
+    finetuned = Checkpoint(models[0])
+    limit = context_of(finetuned)
+    vocabulary = empty_model(finetuned.folder).config.get_text_config().vocab_size
+    tokens = given_ids(source, vocabulary=vocabulary, longest=limit)
+    if tokens is None:
+        choice = Config(**config)  # type: ignore[arg-type]
+        tokens = tokenize(source, tokenizer_of([finetuned.folder, *models[1:]]),
+                          sequences=choice.calibration_sequences, seed=choice.seed,
+                          length=min(choice.calibration_length, limit or choice.calibration_length))
+    return _enough(tokens, str(source) if isinstance(source, (str, Path)) else "the calibration")
+
+
+def _enough(tokens: Tensor, source: str) -> Tensor:
     if tokens.dim() != 2 or len(tokens) < 2 or tokens.shape[1] < 2:
-        raise CalibrationError(f"{delta / TOKENS_FILE} must hold two or more sequences of two or "
-                               f"more tokens, got {list(tokens.shape)}")
+        raise CalibrationError(f"{source} must hold two or more sequences of two or more tokens, "
+                               f"got {list(tokens.shape)}")
     return tokens

@@ -218,3 +218,9 @@ def check_fingerprint(found: dict[str, str], expected: dict[str, str], base: str
         raise FingerprintError(
             f"{base} is not the base of this delta: its tensors hash to {found['sha256'][:16]}…, "
             f"the delta was made from {expected['sha256'][:16]}…")
+
+
+def context_of(checkpoint: Checkpoint) -> int | None:
+    """The most tokens of a sequence that the model's config speaks of."""
+    settings = checkpoint.config.get("text_config", checkpoint.config)
+    return settings.get("max_position_embeddings") if isinstance(settings, dict) else None

@@ -90,7 +90,8 @@ def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | 
         delta: a delta folder.
         calibration: what to train on, as `compress` takes it, best of the kind that the fine-tune
             will be asked; as many sequences as there. Default: the tokens that calibrated.
-        out: the folder to write; must not exist. Of the same bytes, log and pictures copied.
+        out: the folder to write; must not exist. Of the same bytes; the log in it is the old one,
+            with errors of matrices as they were before.
         steps: of Adam, each of four samples of up to 128 tokens.
         learning_rate: of a scale's logarithm, the highest.
         seed: of the order of the samples.

@@ -16,10 +16,10 @@ from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-families, training, bench, tables, answers, models, smollm2, rows, questions = map(
+families, training, bench, tables, answers, models, smollm2, rows = map(
     importlib.import_module, (
         "task_families", "train_pair", "bench_accuracy", "accuracy_tables", "answers",
-        "accuracy_models", "smollm2", "rows", "questions"))
+        "accuracy_models", "smollm2", "rows"))
 
 
 # --- families ----------------------------------------------------------------------------------
@@ -378,31 +378,3 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path, capsys):
     assert lines[4] == ("| adamix | 91.0 (1.4) | 0.0200 (0.0141) | 0.1000 (0.0000) | "
                         "0.0300 (0.0141) | 0.3000 (0.0000) | 16.00 |")
     assert lines[5] == "| LoRA | 75.0 |  |  |  |  | 15.00 |"
-
-
-def test_a_pair_without_a_record_is_asked_what_a_file_says(base, trained, tmp_path):
-    finetune = tmp_path / "finetune"
-    finetune.mkdir()
-    for file in trained.iterdir():
-        if file.is_file() and file.name != training.RECORD:
-            (finetune / file.name).write_bytes(file.read_bytes())
-    asked = tmp_path / "asked.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": f"{n} and", "answer": f"{n}, {n}"}) + "\n"
-                             for n in range(6)))
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "One document."}\n{"text": "Another."}\n')
-    path = tmp_path / "rows.csv"
-    bench.main(list(map(str, (
-        "--base", base, "--finetunes", finetune, "--asked", asked, "--text", text, "--prompts", 4,
-        "--methods", "adamix", "--ratios", 3, "--seeds", 0, "--sequences", 4, "--length", 32,
-        "--device", "cpu", "--csv", path))))
-    found = rows.read_rows([path], tables.AccuracyRow)
-    assert [(row.model, row.family, row.method) for row in found] == [
-        (base.resolve().parent.name, "", name) for name in ("base", "fine-tune", "adamix")]
-    assert {row.prompts for row in found} == {4} and found[2].kl_text > 0
-    tokenizer = bench.tokenizer_of([base])
-    made = questions.Questions.of(tokenizer, asked, 10, text, 64)
-    assert len(made.asked) == 6 and len(made.text) == 2
-    one = made.asked[3]
-    assert made.right(one, " 3, 3 \n") and not made.right(one, "3") and not made.right(one, "3, 3.")
-    assert tables.markdown(found).startswith(f"**{base.resolve().parent.name}** (4 prompts)")

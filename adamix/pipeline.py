@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -164,8 +164,8 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
           ranks.as_one()):
         tokens = None
         if calibration is not None:  # read before the models: a fault in it shows at once
-            tokens = ranks.main(lambda: _read_tokens(sources[1], architecture, config, calibration,
-                                                     progress))
+            tokens = ranks.main(lambda: read_tokens(
+                sources[1], architecture.vocabulary, config, calibration, progress))
         with timed(seconds, "read"):
             found = _survey(sources, architecture, config, executor, threads, max_memory, progress,
                             ranks)
@@ -294,14 +294,15 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _read_tokens(finetuned: Checkpoint, architecture: Architecture, config: Config,
-                 calibration: Source, progress: Progress) -> Tensor:
-    """Token ids of a text to calibrate with, or as they are given."""
+def read_tokens(finetuned: Checkpoint, vocabulary: int, config: Config, calibration: Source,
+                progress: Progress, beside: Sequence[Path] = ()) -> Tensor:
+    """Token ids of a text to calibrate with, or as they are given; where the fine-tune has no
+    tokenizer, the first folder `beside` that has one."""
     limit = context_of(finetuned)
-    given = given_ids(calibration, vocabulary=architecture.vocabulary, longest=limit)
+    given = given_ids(calibration, vocabulary=vocabulary, longest=limit)
     if given is not None:
         return given
-    tokenizer = find_tokenizer([finetuned.folder])
+    tokenizer = find_tokenizer([finetuned.folder, *beside])
     if tokenizer is None:
         raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
     progress.stage("tokenizing calibration text", 1)

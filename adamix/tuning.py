@@ -30,16 +30,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from adamix.artifacts import ModelDelta, PackedDelta
-from adamix.calibration.texts import tokenize
-from adamix.calibration.token_ids import Source, given_ids
+from adamix.calibration.token_ids import Source
 from adamix.config import Config
 from adamix.devices import find_device
 from adamix.errors import AdamixError, CalibrationError
 from adamix.evaluation import Window, score_windows
-from adamix.generation import tokenizer_of
 from adamix.merging import restored_model
+from adamix.pipeline import read_tokens
 from adamix.progress import Progress, Silent
-from adamix.source.checkpoints import Checkpoint, context_of
+from adamix.source.checkpoints import Checkpoint
 from adamix.source.models import empty_model, load_model
 from adamix.source.parts import find_parts
 from adamix.storage.file import (
@@ -111,12 +110,14 @@ def tune(base: str | Path, finetuned: str | Path, delta: str | Path, out: str | 
     refuse_existing(out)
     place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     progress = progress or Silent()
-    found = read_delta(delta)
-    tokens = _tokens_of(delta) if calibration is None else _tokens_from(
-        calibration, [finetuned, delta, base], found.manifest.config)
+    found, target = read_delta(delta), Checkpoint(finetuned)
+    tokens = _tokens_of(delta) if calibration is None else _enough(read_tokens(
+        target, empty_model(target.folder).config.get_text_config().vocab_size,
+        Config(**found.manifest.config), calibration, progress,  # type: ignore[arg-type]
+        [delta, Checkpoint(base).folder]), "the calibration")
     kind = getattr(torch, dtype)
     model = restored_model(base, delta, kind).to(place).requires_grad_(False)
-    reference = load_model(Checkpoint(finetuned).folder, kind).to(place)
+    reference = load_model(target.folder, kind).to(place)
     with _Trained(model, found) as trained:
         training = _Training(model, reference, tokens.to(place), progress)
         before = training.score()
@@ -208,9 +209,7 @@ class _Training:
         self._model, self._reference, self._progress = model, reference, progress
         is_held_out = torch.arange(len(tokens), device=tokens.device) % HELD_OUT == 0
         self._held_out = [Window(ids.cpu(), 1) for ids in tokens[is_held_out]]
-        length = min(SAMPLE, tokens.shape[1])
-        self.samples = tokens[~is_held_out][:, : tokens.shape[1] // length * length].reshape(
-            -1, length)
+        self.samples = samples_of(tokens[~is_held_out])
 
     def score(self) -> float:
         """Nats a token on the sequences held out."""
@@ -242,6 +241,12 @@ class _Training:
                                     reduction="batchmean")
 
 
+def samples_of(tokens: Tensor) -> Tensor:
+    """Sequences cut into samples of SAMPLE tokens; shorter ones are samples themselves."""
+    length = min(SAMPLE, tokens.shape[1])
+    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
+
+
 def _logarithms(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
     """Of the probabilities `[tokens, vocabulary]`, fp32."""
     return model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1).flatten(0, 1)
@@ -266,20 +271,6 @@ def _tokens_of(delta: Path) -> Tensor:
         raise CalibrationError(f"{delta} has no {TOKENS_FILE}, the tokens that calibrated: "
                                f"{error}") from error
     return _enough(tokens, str(delta / TOKENS_FILE))
-
-
-def _tokens_from(source: Source, models: list[str | Path], config: dict[str, object]) -> Tensor:
-    """Of a source, as `compress` with this config would choose them."""
-    finetuned = Checkpoint(models[0])
-    limit = context_of(finetuned)
-    vocabulary = empty_model(finetuned.folder).config.get_text_config().vocab_size
-    tokens = given_ids(source, vocabulary=vocabulary, longest=limit)
-    if tokens is None:
-        choice = Config(**config)  # type: ignore[arg-type]
-        tokens = tokenize(source, tokenizer_of([finetuned.folder, *models[1:]]),
-                          sequences=choice.calibration_sequences, seed=choice.seed,
-                          length=min(choice.calibration_length, limit or choice.calibration_length))
-    return _enough(tokens, str(source) if isinstance(source, (str, Path)) else "the calibration")
 
 
 def _enough(tokens: Tensor, source: str) -> Tensor:

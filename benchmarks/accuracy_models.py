@@ -96,24 +96,28 @@ class Compression:
 
     def compressed(self, preset: str, ratio: float) -> Compressed:
         """By this project's method; the first call samples the tokens that all others use too."""
-        out = self.folder / f"{preset}-{ratio:g}"
-        if (preset, ratio) not in self._made and preset == TUNED:
-            before = self.compressed("adamix", ratio)
-            adamix.tune(self.base, self.finetuned, before.folder, out,
-                        device=str(self.reference.device))
-            self._made[preset, ratio] = replace(before, folder=out, delta=adamix.load(out))
         if (preset, ratio) not in self._made:
-            # On a GPU only where this project's kernels are built for one.
-            device = None if self.reference.device.type == "cuda" else "cpu"
-            config = replace(PRESETS[preset], ratio=ratio, seed=self.config.seed,
-                             calibration_sequences=self.config.calibration_sequences,
-                             calibration_length=self.config.calibration_length)
-            summary = adamix.compress(self.base, self.finetuned, out, config,
-                                      calibration=self._tokens, device=device)
-            if self._tokens is None:
-                self._tokens = load_file(out / TOKENS_FILE)["input_ids"].long()
-            self._made[preset, ratio] = Compressed(out, adamix.load(out), summary, ratio)
+            make = self._tuned if preset == TUNED else self._compressed
+            self._made[preset, ratio] = make(self.folder / f"{preset}-{ratio:g}", preset, ratio)
         return self._made[preset, ratio]
+
+    def _compressed(self, out: Path, preset: str, ratio: float) -> Compressed:
+        # On a GPU only where this project's kernels are built for one.
+        device = None if self.reference.device.type == "cuda" else "cpu"
+        config = replace(PRESETS[preset], ratio=ratio, seed=self.config.seed,
+                         calibration_sequences=self.config.calibration_sequences,
+                         calibration_length=self.config.calibration_length)
+        summary = adamix.compress(self.base, self.finetuned, out, config,
+                                  calibration=self._tokens, device=device)
+        if self._tokens is None:
+            self._tokens = load_file(out / TOKENS_FILE)["input_ids"].long()
+        return Compressed(out, adamix.load(out), summary, ratio)
+
+    def _tuned(self, out: Path, _: str, ratio: float) -> Compressed:
+        before = self.compressed("adamix", ratio)
+        adamix.tune(self.base, self.finetuned, before.folder, out,
+                    device=str(self.reference.device))
+        return replace(before, folder=out, delta=adamix.load(out))
 
     @property
     def tokens(self) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-SAMPLE, BATCH, STEPS = 128, 4, 200  # tokens; samples a step; steps
+from adamix.tuning import samples_of
+
+BATCH, STEPS = 4, 200  # samples a step; steps
 LEARNING_RATE = 0.01  # of a factor
 
 
@@ -50,9 +52,3 @@ def distilled(model: nn.Module, weights: Mapping[str, Tensor], deltas: Mapping[s
         optimizer.step()
     alpha = (scales * factors.detach()).half().float()
     return {name: (one * signs[name]).cpu() for name, one in zip(signs, alpha, strict=True)}
-
-
-def samples_of(tokens: Tensor) -> Tensor:
-    """Sequences cut into samples of SAMPLE tokens; shorter ones are samples themselves."""
-    length = min(SAMPLE, tokens.shape[1])
-    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)

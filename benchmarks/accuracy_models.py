@@ -163,7 +163,7 @@ class Compression:
         own = self.compressed(preset, ratio)
         frame = own if preset in (ONE_BUDGET, TUNED) else self.compressed("adamix", ratio)
         packed = {name: own.delta.matrices[f"{name}.weight"] for name in self.deltas}
-        return self._result(frame, {name: one.dequantize() for name, one in packed.items()},
+        return self.result(frame, {name: one.dequantize() for name, one in packed.items()},
                             8 * sum(one.nbytes for one in packed.values()), start)
 
     def by_method(self, method: Callable[..., object], ratio: float, *, one_size: bool) -> Result:
@@ -192,28 +192,30 @@ class Compression:
         with workers(len(pool)) as executor:
             begun = {name: executor.submit(one, name) for name in largest}
             results = {name: begun[name].result() for name in self.deltas}
-        return self._result(frame, {name: result.dense for name, result in results.items()},
+        return self.result(frame, {name: result.dense for name, result in results.items()},
                             sum(result.bits for result in results.values()), start)
 
     def by_distillation(self, ratio: float) -> Result:
         """The blocks by BitDelta with its scales trained; of one size."""
         frame = self.compressed("adamix", ratio)
-        model = self._frame(frame).requires_grad_(False)
+        model = self.frame(frame).requires_grad_(False)
         weights = {name: layer.weight.detach()
                    for name, layer in block_linears(self.base_model).items()}
         start = time.perf_counter()
         dense = distilled(model, weights, self.deltas, self.reference,
                           self.tokens.to(self.reference.device))
-        return self._result(frame, dense, sum(one.numel() + 16 for one in dense.values()), start)
+        return self.result(frame, dense, sum(one.numel() + 16 for one in dense.values()), start)
 
-    def _frame(self, frame: Compressed) -> PreTrainedModel:
+    def frame(self, frame: Compressed) -> PreTrainedModel:
+        """What preset `adamix` restores; methods put other linear layers into it."""
         return restored_model(self.base, frame.folder).to(self.reference.device)
 
     @torch.no_grad()
-    def _result(self, frame: Compressed, dense: dict[str, Tensor], bits: int, start: float
-                ) -> Result:
+    def result(self, frame: Compressed, dense: dict[str, Tensor], bits: int, start: float
+               ) -> Result:
+        """The model with these ΔW, of `bits` in all, timed from `start` on."""
         seconds = time.perf_counter() - start
-        model = self._frame(frame)
+        model = self.frame(frame)
         before = block_linears(self.base_model)
         for name, layer in block_linears(model).items():
             layer.weight.copy_(before[name].weight + dense[name].to(layer.weight))

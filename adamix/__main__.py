@@ -19,7 +19,7 @@ from adamix.arguments import (
     Base,
     Bits,
     Calibration,
-    Decomposition,
+    Decomposed,
     Delta,
     Device,
     Dtype,
@@ -27,11 +27,13 @@ from adamix.arguments import (
     Finetuned,
     Length,
     MaxMemory,
-    Objective,
     Passes,
+    Predicted,
     Preset,
     Ratio,
     Restart,
+    SampleFrom,
+    SeparateWidths,
     Sequences,
     Solver,
     StartingPoint,
@@ -116,6 +118,7 @@ def compress(
     bits: Bits = None,
     preset: StartingPoint = Preset.adamix,
     calibration: Calibration = None,
+    sample_from: SampleFrom = None,
     sequences: Sequences = None,
     length: Length = None,
     seed: Annotated[int | None, typer.Option(help="Of the calibration's sampling.")] = None,
@@ -124,13 +127,9 @@ def compress(
     widths: Widths = None,
     max_widths: Annotated[int | None, typer.Option(
         help="Different widths in one matrix at most, 0 bits counted.")] = None,
-    separate_widths: Annotated[bool | None, typer.Option(
-        "--separate-widths/--no-separate-widths",
-        help="A width each for a component's row of V and column of U, or one for both.")] = None,
-    decomposition: Annotated[Decomposition | None, typer.Option(
-        help="SVD of the output's change, or of the plain difference.")] = None,
-    objective: Annotated[Objective | None, typer.Option(
-        help="Error of both factors, or of V alone.")] = None,
+    separate_widths: SeparateWidths = None,
+    decomposition: Decomposed = None,
+    objective: Predicted = None,
     correction: Annotated[bool | None, typer.Option(
         "--correction/--no-correction", help="Solve for U again once V is quantized.")] = None,
     allocate: Allocate = None,
@@ -156,7 +155,8 @@ def compress(
         calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
         separate_widths=separate_widths, decomposition=decomposition, objective=objective,
         correction=correction, solver=solver, allocate=allocate, damping=damping,
-        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision)
+        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision,
+        sample_from=sample_from)
     _quiet()
     from adamix.pipeline import compress as run
 

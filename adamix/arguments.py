@@ -36,6 +36,12 @@ class Allocation(str, Enum):
     model = "model"
 
 
+class Writer(str, Enum):
+    finetuned = "finetuned"
+    both = "both"
+    base = "base"
+
+
 class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -59,7 +65,10 @@ Bits = Annotated[float | None, typer.Option(help="Bits a weight instead of --rat
 StartingPoint = Annotated[Preset, typer.Option(help="The starting point of all other options.")]
 Calibration = Annotated[str | None, typer.Option(
     help="Text or .jsonl file, token ids (.npy, .safetensors), or dataset [default: sampled from "
-         "FINETUNED itself].")]
+         "--sample-from].")]
+SampleFrom = Annotated[Writer | None, typer.Option(
+    help="Who writes the calibration text where none is given: the fine-tune, the base, or half of "
+         "it each [default: finetuned].")]
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Threads = Annotated[int | None, typer.Option(
@@ -67,6 +76,12 @@ Threads = Annotated[int | None, typer.Option(
                 "each process's share of them].")]
 Passes = Annotated[int | None, typer.Option(help="How often U is quantized.")]
 Widths = Annotated[str | None, typer.Option(help="Bit-widths to choose from: 8,4,3,2.")]
+SeparateWidths = Annotated[bool | None, typer.Option(
+    "--separate-widths/--no-separate-widths",
+    help="A width each for a component's row of V and column of U, or one for both.")]
+Decomposed = Annotated[Decomposition | None, typer.Option(
+    help="SVD of the output's change, or of the plain difference.")]
+Predicted = Annotated[Objective | None, typer.Option(help="Error of both factors, or of V alone.")]
 Allocate = Annotated[Allocation | None, typer.Option(
     help="One ratio for every matrix, or one budget for all, spent where it lowers the error most "
          "(twice the time).")]

@@ -10,6 +10,7 @@ from typing import Literal
 
 MODEL_BITS = 16  # what "ratio" is measured against: a fine-tune is served in 16-bit weights
 PRESETS = ("adamix", "paper")
+YOUNGER = {"vision": True, "sample_from": "finetuned"}  # fields, and what stood for them before
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Config:
             its output; False stores it whole. Text calibrates, so nothing is known of its inputs.
         calibration_sequences: how many sequences calibrate.
         calibration_length: tokens a sequence.
+        sample_from: who writes the calibration text where none is given: "finetuned", "base", or
+            "both", half of the sequences each. A fine-tune whose training left the prompts out of
+            the loss may write little else than ends of text; its base still writes.
         seed: of self-calibration's sampling and of the choice of calibration text.
 
     Raises:
@@ -70,6 +74,7 @@ class Config:
     vision: bool = True
     calibration_sequences: int = 128
     calibration_length: int = 256
+    sample_from: Literal["finetuned", "both", "base"] = "finetuned"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,6 +110,8 @@ class Config:
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
         _require("allocate", self.allocate in ("matrix", "model"), "'matrix' or 'model'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)
+        _require("sample_from", self.sample_from in ("finetuned", "both", "base"),
+                 "'finetuned', 'both' or 'base'", self)
         _require("seed", 0 <= self.seed < 2**63, "in 0..2**63 - 1", self)
         _require("calibration_length", self.calibration_length >= 2, ">= 2", self)
 
@@ -135,9 +142,10 @@ class Config:
         return int(self.bits * shape[0] * shape[1])
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as JSON values; without `vision` where it is on, as in files before it."""
+        """The fields as JSON values; without those that are younger than some files, and as there.
+        """
         fields = dataclasses.asdict(self) | {"bit_widths": list(self.bit_widths)}
-        return {name: value for name, value in fields.items() if name != "vision" or not value}
+        return {name: value for name, value in fields.items() if YOUNGER.get(name) != value}
 
 
 def _require(name: str, holds: bool, expected: str, config: Config) -> None:

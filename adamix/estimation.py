@@ -31,12 +31,13 @@ from adamix.foreseen import Foreseen
 from adamix.foreseen_memory import gpu_bytes, host_memory
 from adamix.naming import index_of
 from adamix.parallel import available_cores, workers
-from adamix.pipeline import manifest_of, origin_of
+from adamix.pipeline import manifest_of
 from adamix.rates import measure, measure_gpu
 from adamix.source.architecture import Architecture, describe
 from adamix.source.checkpoints import Checkpoint, context_of
 from adamix.source.models import empty_model
 from adamix.source.targets import Survey, Target, Treatment, check_pair, presumed_survey
+from adamix.tokens import origin_of, writers
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,12 @@ def _sampling_seconds(run: Foreseen, rates: Work) -> float:
     if run.architecture.tied:
         weights += math.prod(run.shapes[run.architecture.embedding or ""])
     config, gpu = run.model.config, run.compute.is_cuda
-    chunk = sampling_work(weights, config, run.tokens, gpu=gpu)
-    chunks = sampling_chunks(config, run.tokens, gpu=gpu)
-    return -(-chunks // (1 if gpu else run.threads)) * chunk.seconds(rates)
+    seconds, threads = 0.0, 1 if gpu else run.threads
+    for sequences in filter(None, writers(run.config)):
+        tokens = sequences, run.tokens[1]
+        chunk = sampling_work(weights, config, tokens, gpu=gpu).seconds(rates)
+        seconds += -(-sampling_chunks(config, tokens, gpu=gpu) // threads) * chunk
+    return seconds
 
 
 def _calibration_work(run: Foreseen) -> Work:

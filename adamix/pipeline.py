@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,38 +13,33 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 from adamix import ops
 from adamix.artifacts import Manifest, ModelDelta, PackedDelta
 from adamix.budget import COUNTS_BYTES, plan_budget
-from adamix.calibration.filling import fill, move_buffers, own_tensors
-from adamix.calibration.sampling import sample
-from adamix.calibration.texts import token_hash, tokenize
-from adamix.calibration.token_ids import Source, given_ids
+from adamix.calibration.token_ids import Source
 from adamix.compression.allocate import allocate
 from adamix.compression.hessian import hessian
 from adamix.compression.matrix import quantize_matrix
 from adamix.config import Config
 from adamix.devices import JOBS, Compute, find_compute
-from adamix.errors import CalibrationError, RankError
+from adamix.errors import RankError
 from adamix.matrices import MatrixRun
-from adamix.memory import check_survey, sampling_threads
+from adamix.memory import check_survey
 from adamix.naming import group_by_kind, write_indices
 from adamix.parallel import workers
 from adamix.progress import Progress, Silent, timed
 from adamix.ranks import Ranks, launched
 from adamix.solving import solvers
 from adamix.source.architecture import Architecture, describe
-from adamix.source.checkpoints import COPIED, Checkpoint, context_of
-from adamix.source.models import empty_model, find_tokenizer, load_model, skeleton
-from adamix.source.parts import ModelTensors
+from adamix.source.checkpoints import COPIED, Checkpoint
 from adamix.source.targets import Survey, Treatment, check_pair, survey
 from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, write_delta
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
 from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, NoFolder, WorkFolder, work_folder
+from adamix.tokens import origin_of, own_tokens, read_tokens
 from adamix.version import __version__
 
 
@@ -116,7 +111,8 @@ def compress(base: str | Path, finetuned: str | Path, out: str | Path,
         out: the delta folder; must not exist.
         config: default `Config(ratio=16)`.
         calibration: text (a file, `.jsonl`, list of strings or dataset name), or token ids, all of
-            which are used (a tensor, `.npy`, `.safetensors`); default: the fine-tune samples them.
+            which are used (a tensor, `.npy`, `.safetensors`); default: those of
+            `config.sample_from` sample them.
         threads: matrices compressed side by side on the CPU, by each process; the result does not
             depend on it.
         device: "cpu", "cuda" or "cuda:N"; default: a GPU where there is one. On it the forward
@@ -171,15 +167,15 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
                             ranks)
         manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
-        fingerprint = _fingerprint(manifest, found, sources[1], compute)
+        fingerprint = _fingerprint(manifest, found, sources, compute)
         if any(other != fingerprint for other in ranks.gather(fingerprint)):
             raise RankError("the processes were started with different models, options or versions")
         work.check(fingerprint, restart=given.restart)
         finished = work.matrices(budget.bits)
         if tokens is None:
             with timed(seconds, "calibration tokens"):
-                tokens = _own_tokens(work, sources[1], architecture, config, compute, threads,
-                                     max_memory, progress, ranks)
+                tokens = own_tokens(work, sources, config, compute, threads, max_memory, progress,
+                                    ranks)
         manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, jobs, threads,
                         max_memory, progress, seconds, calibrator, compute, solve, ranks)
@@ -228,59 +224,25 @@ def _on(compute: Compute, executor: Executor
             jobs.shutdown(cancel_futures=True)  # after an error nothing queued is begun
 
 
-def _fingerprint(manifest: Manifest, found: Survey, finetuned: Checkpoint, compute: Compute
-                 ) -> dict[str, object]:
+def _fingerprint(manifest: Manifest, found: Survey, sources: tuple[Checkpoint, Checkpoint],
+                 compute: Compute) -> dict[str, object]:
     """All that the bytes of a finished matrix depend on, by names for a sentence on what differs.
 
-    The hash of sampled text is not in it: the fine-tune and the config determine it.
+    The hash of sampled text is not in it: the models and the config determine it.
     """
     calibration = dict(manifest.calibration)
+    base = {"name": manifest.base, "sha256": manifest.fingerprint["sha256"]}
     if calibration["source"] == "self":
         del calibration["sha256"]
+        if "sample_from" in manifest.config:  # the base writes too
+            base["configuration"] = sources[0].copied_hash()
     return {"adamix": __version__, "format": FORMAT_VERSION, "layout": ops.LAYOUT_VERSION,
             "torch": torch.__version__, "device": compute.label,
-            "base": {"name": manifest.base, "sha256": manifest.fingerprint["sha256"]},
+            "base": base,
             "fine-tune": {"name": manifest.finetuned,
                           "sha256": found.finetuned_fingerprint["sha256"],
-                          "configuration": finetuned.copied_hash()},
+                          "configuration": sources[1].copied_hash()},
             "config": manifest.config, "calibration": calibration}
-
-
-def _own_tokens(work: WorkFolder | NoFolder, finetuned: Checkpoint, architecture: Architecture,
-                config: Config, compute: Compute, threads: int, max_memory: int | None,
-                progress: Progress, ranks: Ranks) -> Tensor:
-    """Token ids that the fine-tuned model writes itself, by an earlier run where it got so far.
-
-    The model is in memory for as long as this takes, and no longer.
-    """
-    tokens, sha256 = ranks.main(work.tokens) or (None, "")
-    if tokens is None or token_hash(tokens) != sha256:
-        if compute.is_cuda:
-            threads = 1
-        elif max_memory is not None:
-            threads = sampling_threads(
-                max_memory, [shape for shape, _ in finetuned.headers.values()],
-                empty_model(finetuned.folder).config, config.calibration_length, threads)
-        with workers(threads) as executor:
-            tokens = _sample_tokens(_load(finetuned, architecture, compute), finetuned,
-                                    config, executor, progress, ranks)
-        work.keep_tokens(tokens, token_hash(tokens))
-    return tokens
-
-
-def _load(finetuned: Checkpoint, architecture: Architecture, compute: Compute
-          ) -> transformers.PreTrainedModel:
-    """The whole model where it computes; on a GPU tensor by tensor, if they are all there by the
-    model's own names, so that the host never holds them."""
-    if not compute.is_cuda:
-        return load_model(finetuned.folder)
-    model, tensors = skeleton(finetuned.folder), ModelTensors(finetuned, architecture.parts)
-    names = {name: tuple(tensor.shape) for name, tensor in own_tensors(model)}
-    if any(tensors.shapes.get(name) != shape for name, shape in names.items()):
-        return load_model(finetuned.folder, compute.dtype).to(compute.device)
-    fill(model, tensors.read, compute.device, compute.dtype)
-    move_buffers(model, compute.device)
-    return model
 
 
 def peak_bytes() -> int:
@@ -292,56 +254,6 @@ def peak_bytes() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def read_tokens(finetuned: Checkpoint, vocabulary: int, config: Config, calibration: Source,
-                progress: Progress, beside: Sequence[Path] = ()) -> Tensor:
-    """Token ids of a text to calibrate with, or as they are given; where the fine-tune has no
-    tokenizer, the first folder `beside` that has one."""
-    limit = context_of(finetuned)
-    given = given_ids(calibration, vocabulary=vocabulary, longest=limit)
-    if given is not None:
-        return given
-    tokenizer = find_tokenizer([finetuned.folder, *beside])
-    if tokenizer is None:
-        raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
-    progress.stage("tokenizing calibration text", 1)
-    tokens = tokenize(calibration, tokenizer, sequences=config.calibration_sequences,
-                      length=min(config.calibration_length, limit or config.calibration_length),
-                      seed=config.seed)
-    progress.advance()
-    return tokens
-
-
-def _sample_tokens(model: transformers.PreTrainedModel, finetuned: Checkpoint, config: Config,
-                   executor: Executor, progress: Progress, ranks: Ranks) -> Tensor:
-    """Token ids that the fine-tuned model writes itself; each rank some of them."""
-    tokenizer = find_tokenizer([finetuned.folder])
-    settings = model.config.get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None)
-    end = tokenizer.eos_token_id if tokenizer else settings.eos_token_id
-    begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
-    start = next((token for token in begins if token is not None), None)
-    if not isinstance(start, int):
-        raise CalibrationError("the model names no token that begins a text: "
-                               "give --calibration FILE")
-    progress.stage("sampling calibration text", config.calibration_sequences)
-    return sample(model, start, end if isinstance(end, int) else None,
-                  sequences=config.calibration_sequences,
-                  length=min(config.calibration_length, limit or config.calibration_length),
-                  seed=config.seed, executor=executor, on_chunk=progress.advance,
-                  mine=ranks.mine, gather=ranks.gather)
-
-
-def origin_of(calibration: Source | None, config: Config, tokens: Tensor | None = None
-              ) -> dict[str, object]:
-    """Where the calibration comes from; without tokens in the most characters that it can take."""
-    label = (str(calibration) if isinstance(calibration, (str, Path)) else
-             "token ids" if isinstance(calibration, Tensor) else "strings")
-    shape = (config.calibration_sequences, config.calibration_length)
-    rows, length = shape if tokens is None else tokens.shape
-    return {"source": "self" if calibration is None else label, "sequences": rows, "length": length,
-            "sha256": "0" * 64 if tokens is None else token_hash(tokens)}
 
 
 def manifest_of(sources: tuple[Checkpoint, Checkpoint], found: Survey, config: Config,

@@ -36,7 +36,6 @@ from adamix.devices import find_device
 from adamix.errors import AdamixError, CalibrationError
 from adamix.evaluation import Window, score_windows
 from adamix.merging import restored_model
-from adamix.pipeline import read_tokens
 from adamix.progress import Progress, Silent
 from adamix.source.checkpoints import Checkpoint
 from adamix.source.models import empty_model, load_model
@@ -50,6 +49,7 @@ from adamix.storage.file import (
     write_delta,
 )
 from adamix.storage.log import TOKENS_FILE
+from adamix.tokens import read_tokens
 
 STEPS, BATCH, SAMPLE = 200, 4, 128  # of training; samples a step; tokens of a sample at most
 LEARNING_RATE = 0.02  # Adam's, of a scale's logarithm; the highest

@@ -97,7 +97,8 @@ class Bench:
                     questions: Questions, seed: int, made: Path) -> Compression:
         """A fine-tune calibrated with one seed; `made` takes delta folders."""
         config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
-                               calibration_length=self.args.length)
+                               calibration_length=self.args.length,
+                               sample_from=self.args.sample_from)
         return Compression(self.args.base, folder, base, reference, config, made,
                            [window.ids for window in questions.answered])
 
@@ -201,15 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0, 64.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="of the calibration")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
-    parser.add_argument("--asked", type=Path, metavar="JSONL",
-                        help=f"prompts and answers of pairs without a {RECORD}")
-    parser.add_argument("--text", type=Path, help="a file of general text, for KL")
-    parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="begin nothing after these")
+    measuring_arguments(parser)
     parser.add_argument("--csv", type=Path, help="append the rows here")
     parser.add_argument("--table", type=Path, nargs="*", metavar="CSV",
                         help="print the Markdown of these rows")
@@ -217,6 +210,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.table is None and args.base is None:
         parser.error("--base: the base's folder")
     return args
+
+
+def measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """What calibrates, what is asked, where and for how long."""
+    parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
+    parser.add_argument("--asked", type=Path, metavar="JSONL",
+                        help=f"prompts and answers of pairs without a {RECORD}")
+    parser.add_argument("--text", type=Path, help="a file of general text, for KL")
+    parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--sample-from", default="finetuned",
+                        choices=["finetuned", "both", "base"], help="who writes these")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="begin nothing after these")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_calibration.py
 
-`sampled` is what the fine-tune writes by itself, as for `compress` without `--calibration`; `prose`
-is the base's text, `tasks` the fine-tune's, both from the share that is not held out; the mixture
-has as many documents of one as of the other. Exact answers, KL(fine-tune ‖ base + delta) a token
-on questions and on prose, both held out; means over seeds, and their standard deviation.
+The fine-tune writes the text itself, or the base, or half of the sequences each (`--sample-from`);
+`prose` is what the base was trained on, `tasks` what the fine-tune was, both from the share that is
+not held out; the mixture has as many documents of one as of the other. Exact answers,
+KL(fine-tune ‖ base + delta) a token on questions and on prose, both held out; means over seeds, and
+their standard deviation.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -42,19 +43,22 @@ def mixed(seed: int, count: int) -> list[str]:
     return [text for pair in pairs for text in pair]
 
 
-SOURCES: dict[str, Callable[[int, int], list[str]] | None] = {
-    "sampled": None, "tasks": texts_of_tasks, "prose": texts_of_prose, "prose and tasks": mixed}
+WRITERS = {"the fine-tune writes": "finetuned", "both write": "both", "the base writes": "base"}
+TEXTS = {"tasks": texts_of_tasks, "prose": texts_of_prose, "prose and tasks": mixed}
+SOURCES = (*WRITERS, *TEXTS)
 
 
 def scored(source: str, ratio: float, seed: int, folder: Path) -> Scores:
     """The example's fine-tune, calibrated by a source and compressed."""
-    make, calibration = SOURCES[source], None
-    if make is not None:
+    config, calibration = adamix.Config(ratio=ratio, seed=seed), None
+    if source in WRITERS:
+        config = replace(config, sample_from=WRITERS[source])
+    else:
         calibration = folder / "text.jsonl"
         calibration.write_text("".join(json.dumps({"text": text}) + "\n"
-                                       for text in make(seed, DOCUMENTS)))
-    adamix.compress(EXAMPLES / "base", EXAMPLES / "finetuned", folder / "delta",
-                    adamix.Config(ratio=ratio, seed=seed), calibration=calibration, device="cpu")
+                                       for text in TEXTS[source](seed, DOCUMENTS)))
+    adamix.compress(EXAMPLES / "base", EXAMPLES / "finetuned", folder / "delta", config,
+                    calibration=calibration, device="cpu")
     found = adamix.evaluate(EXAMPLES / "base", EXAMPLES / "finetuned", folder / "delta",
                             prompts=EXAMPLES / "eval.jsonl", text=EXAMPLES / "heldout_text.jsonl")
     assert found.compressed is not None
@@ -65,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

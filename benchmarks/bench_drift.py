@@ -36,7 +36,7 @@ from pathlib import Path
 
 import transformers
 from accuracy_models import Compression, Result
-from bench_accuracy import Bench, Questions
+from bench_accuracy import Bench, Questions, measuring_arguments
 from drift_models import WRITERS, Drifting, Variant
 from rows import AccuracyRow
 from train_pair import RECORD
@@ -130,17 +130,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         default=list(VARIANTS))
     parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
-    parser.add_argument("--asked", type=Path, metavar="JSONL",
-                        help=f"prompts and answers of pairs without a {RECORD}")
-    parser.add_argument("--text", type=Path, help="a file of general text, for KL")
-    parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    measuring_arguments(parser)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--no-answers", action="store_true", help="KL alone")
     parser.add_argument("--tuned", action="store_true", help="and each after `adamix.tune`")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=float("inf"),
-                        help="begin nothing after these")
     parser.add_argument("--csv", type=Path, help="append the rows here")
     return parser.parse_args(arguments)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ import plot_paper
 import torch
 from accuracy_models import Compression, NoSuchSize, Result
 from answers import LINEARS
-from bench_accuracy import Bench, Questions
+from bench_accuracy import Bench, Questions, measuring_arguments
 from bench_methods import Case
 from bench_quality import matrices
 from few_widths import Solve, with_solver
@@ -315,19 +314,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         default=[PUBLISHED_WIDTHS], help="f_max of AdaMix as published")
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
-    parser.add_argument("--prompts", type=int, default=500, help="held-out ones")
-    parser.add_argument("--asked", type=Path, metavar="JSONL",
-                        help=f"prompts and answers of pairs without a {RECORD}")
-    parser.add_argument("--text", type=Path, help="a file of general text, for KL")
-    parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    measuring_arguments(parser)
     parser.add_argument("--tokens", type=int, default=4096,
                         help="of the calibration's, for errors of outputs; all at a time")
     parser.add_argument("--timed-layers", type=int, default=3)
     parser.add_argument("--solvers", type=int, help="processes, for --data; default: a core each")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="begin nothing after these")
     parser.add_argument("--table", action="store_true", help="print the Markdown of the rows")
     parser.add_argument("--plot", action="store_true", help="draw the rows' pictures beside them")
     args = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
-"""Self-calibration: token ids sampled from the fine-tuned model itself, so that nothing else has to
-be supplied. Data-free calibration by the model's own generations is that of LLM-QAT (Liu et al.,
+"""Self-calibration: token ids sampled from the models themselves, so that nothing else has to be
+supplied. Data-free calibration by the model's own generations is that of LLM-QAT (Liu et al.,
 2023b, section 3.1)."""
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ CACHE_BYTES, GPU_CACHE_BYTES = 2**30, 10 * 2**30
 
 
 def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: int, length: int,
-           seed: int, executor: Executor, on_chunk: Callable[[int], None] = lambda n: None,
+           seed: int, executor: Executor, first: int = 0, most: int | None = None,
+           on_chunk: Callable[[int], None] = lambda n: None,
            mine: Callable[[list[int]], list[int]] = lambda sizes: list(range(len(sizes))),
            gather: Callable[[dict[int, Tensor]], list[dict[int, Tensor]]] = lambda found: [found]
            ) -> Tensor:
@@ -30,12 +31,14 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
     chunk of sequences has a random stream of its own, so the number of threads changes nothing.
 
     Args:
-        model: the fine-tuned model, in eval mode.
+        model: in eval mode.
         start: id that begins a document.
         end: id that ends one, None if there is none.
         sequences, length: shape of the result.
         seed: of the random streams.
         executor: runs the chunks.
+        first: number of the first sequence, of which a chunk's stream depends.
+        most: no id from this one on is drawn, for models with a smaller vocabulary.
         on_chunk: told the number of sequences after each chunk.
         mine: which of chunks of so many sequences this process samples, by number.
         gather: what all processes have sampled, by the first sequence's number.
@@ -48,21 +51,23 @@ def sample(model: PreTrainedModel, start: int, end: int | None, *, sequences: in
         NonFiniteError: the model's logits are NaN or Inf.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = min(vocabulary, most or vocabulary)
     if not 0 <= start < vocabulary:
         raise CalibrationError(f"the token {start} that begins a document is outside the "
                                f"vocabulary of {vocabulary}: give --calibration FILE")
     rows = chunk_rows(model.config, length, gpu=model.device.type != "cpu")
     chunks = list(_chunks(sequences, rows))
-    jobs = {first: executor.submit(_sample_chunk, model, start, end, rows, length, seed, first)
-            for first, rows in (chunks[i] for i in mine([rows for _, rows in chunks]))}
+    jobs = {begin: executor.submit(_sample_chunk, model, start, end, rows, length, vocabulary,
+                                   _stream(seed, first + begin))
+            for begin, rows in (chunks[i] for i in mine([rows for _, rows in chunks]))}
     parts = {}
-    for first, job in jobs.items():
-        parts[first] = job.result()
-        on_chunk(len(parts[first]))
-    found = {first: part for some in gather(parts) for first, part in some.items()}
-    for first in found.keys() - parts.keys():
-        on_chunk(len(found[first]))
-    return torch.cat([found[first] for first, _ in chunks])
+    for begin, job in jobs.items():
+        parts[begin] = job.result()
+        on_chunk(len(parts[begin]))
+    found = {begin: part for some in gather(parts) for begin, part in some.items()}
+    for begin in found.keys() - parts.keys():
+        on_chunk(len(found[begin]))
+    return torch.cat([found[begin] for begin, _ in chunks])
 
 
 def chunk_rows(config: PretrainedConfig, length: int, *, gpu: bool = False) -> int:
@@ -95,18 +100,23 @@ def _chunks(sequences: int, rows: int) -> Iterator[tuple[int, int]]:
         yield first, min(rows, sequences - first)
 
 
+def _stream(seed: int, first: int) -> int:
+    """The seed of a chunk's random stream."""
+    return (seed * 1_000_003 + first) % 2**63
+
+
 @torch.inference_mode()
 def _sample_chunk(model: PreTrainedModel, start: int, end: int | None, rows: int, length: int,
-                  seed: int, first: int) -> Tensor:
+                  vocabulary: int, stream: int) -> Tensor:
     device = model.device
-    generator = torch.Generator(device).manual_seed((seed * 1_000_003 + first) % 2**63)
+    generator = torch.Generator(device).manual_seed(stream)
     tokens = torch.full((rows, length), start, dtype=torch.long, device=device)
     cache = None
     for position in range(1, length):
         output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache,
                        use_cache=True)
         cache = output.past_key_values
-        logits = output.logits[:, -1].float()
+        logits = output.logits[:, -1, :vocabulary].float()
         if not torch.isfinite(logits).all():
             raise NonFiniteError("the fine-tuned model's logits are NaN or Inf")
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

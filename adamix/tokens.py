@@ -1,0 +1,137 @@
+"""The token ids that calibrate: given, read from text, or written by the models themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+import transformers
+from torch import Tensor, cat
+
+from adamix.calibration.filling import fill, move_buffers, own_tensors
+from adamix.calibration.sampling import sample
+from adamix.calibration.texts import token_hash, tokenize
+from adamix.calibration.token_ids import Source, given_ids
+from adamix.config import Config
+from adamix.devices import Compute
+from adamix.errors import CalibrationError
+from adamix.memory import sampling_threads
+from adamix.parallel import workers
+from adamix.progress import Progress
+from adamix.ranks import Ranks
+from adamix.source.architecture import describe
+from adamix.source.checkpoints import Checkpoint, context_of
+from adamix.source.models import empty_model, find_tokenizer, load_model, skeleton
+from adamix.source.parts import ModelTensors
+from adamix.storage.work import NoFolder, WorkFolder
+
+
+def read_tokens(finetuned: Checkpoint, vocabulary: int, config: Config, calibration: Source,
+                progress: Progress, beside: Sequence[Path] = ()) -> Tensor:
+    """Token ids of a text to calibrate with, or as they are given; where the fine-tune has no
+    tokenizer, the first folder `beside` that has one."""
+    limit = context_of(finetuned)
+    given = given_ids(calibration, vocabulary=vocabulary, longest=limit)
+    if given is not None:
+        return given
+    tokenizer = find_tokenizer([finetuned.folder, *beside])
+    if tokenizer is None:
+        raise CalibrationError(f"{finetuned.source} has no tokenizer to read text with")
+    progress.stage("tokenizing calibration text", 1)
+    tokens = tokenize(calibration, tokenizer, sequences=config.calibration_sequences,
+                      length=min(config.calibration_length, limit or config.calibration_length),
+                      seed=config.seed)
+    progress.advance()
+    return tokens
+
+
+def writers(config: Config) -> tuple[int, int]:
+    """How many sequences the base writes, and the fine-tune, where no text is given."""
+    count = config.calibration_sequences
+    base = {"finetuned": 0, "both": count // 2, "base": count}[config.sample_from]
+    return base, count - base
+
+
+def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoint],
+               config: Config, compute: Compute, threads: int, max_memory: int | None,
+               progress: Progress, ranks: Ranks) -> Tensor:
+    """Token ids that the models write themselves, by an earlier run where it got so far: the
+    fine-tune's sequences, then the base's.
+
+    A model is in memory for as long as this takes, and no longer.
+    """
+    tokens, sha256 = ranks.main(work.tokens) or (None, "")
+    if tokens is None or token_hash(tokens) != sha256:
+        progress.stage("sampling calibration text", config.calibration_sequences)
+        most = empty_model(sources[1].folder).get_input_embeddings().weight.shape[0]
+        parts, done = [], 0
+        for source, sequences in reversed(list(zip(sources, writers(config), strict=True))):
+            if sequences:
+                parts.append(_written(source, sequences, done, most, config, compute, threads,
+                                      max_memory, progress, ranks))
+                done += sequences
+        length = min(part.shape[1] for part in parts)
+        tokens = cat([part[:, :length] for part in parts])
+        work.keep_tokens(tokens, token_hash(tokens))
+    return tokens
+
+
+def _written(source: Checkpoint, sequences: int, first: int, most: int, config: Config,
+             compute: Compute, threads: int, max_memory: int | None, progress: Progress,
+             ranks: Ranks) -> Tensor:
+    """Sequences that one model writes, from the `first` on, with ids below `most`."""
+    if compute.is_cuda:
+        threads = 1
+    elif max_memory is not None:
+        threads = sampling_threads(
+            max_memory, [shape for shape, _ in source.headers.values()],
+            empty_model(source.folder).config, config.calibration_length, threads)
+    with workers(threads) as executor:
+        return _sample(_load(source, compute), source, sequences, first, most, config, executor,
+                       progress, ranks)
+
+
+def _sample(model: transformers.PreTrainedModel, source: Checkpoint, sequences: int, first: int,
+            most: int, config: Config, executor: Executor, progress: Progress, ranks: Ranks
+            ) -> Tensor:
+    """The same; each rank writes some of them."""
+    tokenizer = find_tokenizer([source.folder])
+    settings = model.config.get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    end = tokenizer.eos_token_id if tokenizer else settings.eos_token_id
+    begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
+    start = next((token for token in begins if token is not None), None)
+    if not isinstance(start, int):
+        raise CalibrationError(f"{source.source} names no token that begins a text: "
+                               "give --calibration FILE")
+    return sample(model, start, end if isinstance(end, int) else None, sequences=sequences,
+                  length=min(config.calibration_length, limit or config.calibration_length),
+                  seed=config.seed, first=first, most=most, executor=executor,
+                  on_chunk=progress.advance, mine=ranks.mine, gather=ranks.gather)
+
+
+def _load(source: Checkpoint, compute: Compute) -> transformers.PreTrainedModel:
+    """The whole model where it computes; on a GPU tensor by tensor, if they are all there by the
+    model's own names, so that the host never holds them."""
+    if not compute.is_cuda:
+        return load_model(source.folder)
+    model = skeleton(source.folder)
+    tensors = ModelTensors(source, describe(source.folder, source.names).parts)
+    names = {name: tuple(tensor.shape) for name, tensor in own_tensors(model)}
+    if any(tensors.shapes.get(name) != shape for name, shape in names.items()):
+        return load_model(source.folder, compute.dtype).to(compute.device)
+    fill(model, tensors.read, compute.device, compute.dtype)
+    move_buffers(model, compute.device)
+    return model
+
+
+def origin_of(calibration: Source | None, config: Config, tokens: Tensor | None = None
+              ) -> dict[str, object]:
+    """Where the calibration comes from; without tokens in the most characters that it can take."""
+    label = (str(calibration) if isinstance(calibration, (str, Path)) else
+             "token ids" if isinstance(calibration, Tensor) else "strings")
+    shape = (config.calibration_sequences, config.calibration_length)
+    rows, length = shape if tokens is None else tokens.shape
+    return {"source": "self" if calibration is None else label, "sequences": rows, "length": length,
+            "sha256": "0" * 64 if tokens is None else token_hash(tokens)}

@@ -1,0 +1,133 @@
+"""Who writes the calibration text: the fine-tune, its base, or both."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import compressed_pair, make_pair
+from tiny_models import one_thread as one_thread
+from transformers import AutoModelForCausalLM
+
+from adamix import Config, compress, estimate
+from adamix.calibration.sampling import sample
+from adamix.errors import CalibrationError, CheckpointError
+from adamix.storage.log import TOKENS_FILE
+from adamix.tokens import writers
+
+SHAPE = {"calibration_sequences": 6, "calibration_length": 24}
+BOS, EOS = 1, 2
+
+
+@pytest.fixture
+def pair():
+    return compressed_pair()
+
+
+def written(base, finetuned, out, **choices):
+    """The token ids that calibrated."""
+    compress(base, finetuned, out, Config(ratio=3, **SHAPE | choices), threads=1)
+    return load_file(out / TOKENS_FILE)["input_ids"].long()
+
+
+def drawn(folder, sequences, first=0, most=None):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with ThreadPoolExecutor(1) as executor:
+        return sample(model, BOS, EOS, sequences=sequences, length=24, seed=0, first=first,
+                      most=most, executor=executor)
+
+
+@pytest.mark.parametrize(("sample_from", "count", "parts"), [
+    ("finetuned", 128, (0, 128)), ("both", 128, (64, 64)), ("both", 5, (2, 3)), ("both", 1, (0, 1)),
+    ("base", 7, (7, 0))])
+def test_how_many_sequences_each_writes(sample_from, count, parts):
+    assert writers(Config(sample_from=sample_from, calibration_sequences=count)) == parts
+
+
+def test_the_fine_tune_writes_all_unless_it_is_asked_otherwise(pair, tmp_path):
+    tokens = written(pair.base, pair.finetuned, tmp_path / "delta")
+    assert torch.equal(tokens, drawn(pair.finetuned, 6))
+    config = json.loads((tmp_path / "delta" / "delta_config.json").read_text())["config"]
+    assert "sample_from" not in config  # as in files before there was a choice
+
+
+def test_both_write_a_half_each(pair, tmp_path):
+    tokens = written(pair.base, pair.finetuned, tmp_path / "delta", sample_from="both")
+    assert torch.equal(tokens[:3], drawn(pair.finetuned, 3))
+    assert torch.equal(tokens[3:], drawn(pair.base, 3, first=3))
+    config = json.loads((tmp_path / "delta" / "delta_config.json").read_text())["config"]
+    assert config["sample_from"] == "both"
+
+
+def test_the_base_writes_all(pair, tmp_path):
+    tokens = written(pair.base, pair.finetuned, tmp_path / "delta", sample_from="base")
+    assert torch.equal(tokens, drawn(pair.base, 6))
+    assert not torch.equal(tokens, drawn(pair.finetuned, 6))
+
+
+def test_streams_depend_on_the_first_sequence(pair):
+    assert torch.equal(drawn(pair.base, 2, first=4), drawn(pair.base, 2, first=4))
+    assert not torch.equal(drawn(pair.base, 2, first=4), drawn(pair.base, 2))
+
+
+def test_a_base_draws_no_id_that_the_fine_tune_lacks(tmp_path):
+    small, _ = make_pair(tmp_path / "small")
+    large, finetuned = make_pair(tmp_path / "large", grown_rows=5)
+    most = AutoModelForCausalLM.from_pretrained(large).get_input_embeddings().weight.shape[0]
+    tokens = drawn(finetuned, 64, most=most)
+    assert tokens.max() < most and drawn(finetuned, 64).max() >= most
+    assert torch.equal(drawn(small, 8, most=10**6), drawn(small, 8))
+    with pytest.raises(CalibrationError, match="token 1 .* vocabulary of 1"):
+        drawn(small, 8, most=1)
+
+
+def test_a_base_that_names_no_first_token_is_named(tmp_path):
+    base, finetuned = make_pair(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink(missing_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"bos_token_id": None,
+                                                           "eos_token_id": None}))
+    with pytest.raises(CalibrationError, match="base names no token that begins a text"):
+        written(base, finetuned, tmp_path / "delta", sample_from="both")
+
+
+def test_a_base_without_a_config_cannot_write(tmp_path):
+    base, finetuned = make_pair(tmp_path)
+    (base / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="config"):
+        written(base, finetuned, tmp_path / "delta", sample_from="base")
+
+
+def test_an_interrupted_run_of_another_writer_is_not_gone_on_with(pair, tmp_path, monkeypatch):
+    import adamix.pipeline as pipeline
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written(pair.base, pair.finetuned, tmp_path / "delta", sample_from="base")
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="sample_from"):
+        written(pair.base, pair.finetuned, tmp_path / "delta", sample_from="both")
+    tokens = written(pair.base, pair.finetuned, tmp_path / "delta", sample_from="base")
+    assert torch.equal(tokens, drawn(pair.base, 6))
+
+
+def test_both_are_estimated_as_two_models(pair, monkeypatch):
+    import adamix.estimation as estimation
+
+    chunks = []
+    work = estimation.sampling_work
+    monkeypatch.setattr(estimation, "sampling_work", lambda weights, config, tokens, gpu: (
+        chunks.append(tokens), work(weights, config, tokens, gpu=gpu))[1])
+    for sample_from in ("finetuned", "both"):
+        estimate(pair.base, pair.finetuned, Config(sample_from=sample_from, **SHAPE))
+    assert chunks == [(6, 24), (3, 24), (3, 24)]
+
+
+def test_an_unknown_writer_is_refused():
+    with pytest.raises(ValueError, match="sample_from must be 'finetuned', 'both' or 'base'"):
+        Config(sample_from="either")

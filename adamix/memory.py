@@ -89,8 +89,8 @@ def sampling_threads(limit: int, shapes: Iterable[tuple[int, ...]], config: Pret
     chunk = chunk_bytes(config, length)
     if fixed + chunk > limit:
         raise CalibrationError(
-            f"the fine-tuned model takes {(fixed + chunk) / 1e9:.2f} GB to write its own "
-            f"calibration text, and --max-memory is {limit / 1e9:.2f} GB: give --calibration FILE")
+            f"a model takes {(fixed + chunk) / 1e9:.2f} GB to write the calibration text, and "
+            f"--max-memory is {limit / 1e9:.2f} GB: give --calibration FILE")
     return min(threads, (limit - fixed) // chunk)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
@@ -64,51 +64,60 @@ def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoin
     tokens, sha256 = ranks.main(work.tokens) or (None, "")
     if tokens is None or token_hash(tokens) != sha256:
         progress.stage("sampling calibration text", config.calibration_sequences)
-        most = empty_model(sources[1].folder).get_input_embeddings().weight.shape[0]
-        parts, done = [], 0
-        for source, sequences in reversed(list(zip(sources, writers(config), strict=True))):
-            if sequences:
-                parts.append(_written(source, sequences, done, most, config, compute, threads,
-                                      max_memory, progress, ranks))
-                done += sequences
-        length = min(part.shape[1] for part in parts)
-        tokens = cat([part[:, :length] for part in parts])
+        base, finetuned = sources
+        by_base, by_finetune = writers(config)
+        parts = [part for part in ((finetuned, by_finetune, 0), (base, by_base, by_finetune))
+                 if part[1]]
+        models = [empty_model(one.folder) for one in (finetuned, *(part[0] for part in parts))]
+        longest = [getattr(model.config.get_text_config(), "max_position_embeddings", None)
+                   for model in models]
+        sampler = _Sampler(config, min([config.calibration_length, *filter(None, longest)]),
+                           models[0].get_input_embeddings().weight.shape[0], compute, threads,
+                           max_memory, progress, ranks)
+        tokens = cat([sampler.tokens(*part) for part in parts])
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens
 
 
-def _written(source: Checkpoint, sequences: int, first: int, most: int, config: Config,
-             compute: Compute, threads: int, max_memory: int | None, progress: Progress,
-             ranks: Ranks) -> Tensor:
-    """Sequences that one model writes, from the `first` on, with ids below `most`."""
-    if compute.is_cuda:
-        threads = 1
-    elif max_memory is not None:
-        threads = sampling_threads(
-            max_memory, [shape for shape, _ in source.headers.values()],
-            empty_model(source.folder).config, config.calibration_length, threads)
-    with workers(threads) as executor:
-        return _sample(_load(source, compute), source, sequences, first, most, config, executor,
-                       progress, ranks)
+@dataclass(frozen=True)
+class _Sampler:
+    """Has a model write sequences that the fine-tune can read."""
 
+    config: Config
+    length: int
+    vocabulary: int  # ids are below
+    compute: Compute
+    threads: int
+    max_memory: int | None
+    progress: Progress
+    ranks: Ranks
 
-def _sample(model: transformers.PreTrainedModel, source: Checkpoint, sequences: int, first: int,
-            most: int, config: Config, executor: Executor, progress: Progress, ranks: Ranks
-            ) -> Tensor:
-    """The same; each rank writes some of them."""
-    tokenizer = find_tokenizer([source.folder])
-    settings = model.config.get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None)
-    end = tokenizer.eos_token_id if tokenizer else settings.eos_token_id
-    begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
-    start = next((token for token in begins if token is not None), None)
-    if not isinstance(start, int):
-        raise CalibrationError(f"{source.source} names no token that begins a text: "
-                               "give --calibration FILE")
-    return sample(model, start, end if isinstance(end, int) else None, sequences=sequences,
-                  length=min(config.calibration_length, limit or config.calibration_length),
-                  seed=config.seed, first=first, most=most, executor=executor,
-                  on_chunk=progress.advance, mine=ranks.mine, gather=ranks.gather)
+    def tokens(self, source: Checkpoint, sequences: int, first: int) -> Tensor:
+        """`[sequences, length]` of a model, of numbers from `first` on; each rank writes some."""
+        tokenizer = find_tokenizer([source.folder])
+        settings = empty_model(source.folder).config.get_text_config()
+        end = tokenizer.eos_token_id if tokenizer else settings.eos_token_id
+        begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
+        start = next((token for token in begins if token is not None), None)
+        if not isinstance(start, int):
+            raise CalibrationError(f"{source.source} names no token that begins a text: "
+                                   "give --calibration FILE")
+        with workers(self._at_once(source)) as executor:
+            return sample(
+                _load(source, self.compute), start, end if isinstance(end, int) else None,
+                sequences=sequences, length=self.length, seed=self.config.seed, first=first,
+                most=self.vocabulary, executor=executor, on_chunk=self.progress.advance,
+                mine=self.ranks.mine, gather=self.ranks.gather)
+
+    def _at_once(self, source: Checkpoint) -> int:
+        """Chunks of text at a time."""
+        if self.compute.is_cuda:
+            return 1
+        if self.max_memory is None:
+            return self.threads
+        return sampling_threads(
+            self.max_memory, [shape for shape, _ in source.headers.values()],
+            empty_model(source.folder).config, self.config.calibration_length, self.threads)
 
 
 def _load(source: Checkpoint, compute: Compute) -> transformers.PreTrainedModel:

@@ -16,7 +16,7 @@ from tiny_models import compressed_pair, make_pair
 from tiny_models import one_thread as one_thread
 from typer.testing import CliRunner
 
-from adamix import matrices, pipeline
+from adamix import matrices, pipeline, tokens
 from adamix.__main__ import app
 from adamix.config import Config
 from adamix.errors import OutputError, ResumeError
@@ -113,7 +113,7 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch):
     assert 0 < len(kept) <= 5 and (work_path(out) / "calibration.safetensors").exists()
     assert len(read_log(work_path(out))) == len(kept)
     quantized = counted(monkeypatch, matrices, "quantize_matrix")
-    sampled = counted(monkeypatch, pipeline, "sample")
+    sampled = counted(monkeypatch, tokens, "sample")
     summary = compress(pair.base, pair.finetuned, out, CONFIG, threads=1)
     assert (len(quantized), len(sampled)) == (MATRICES - len(kept), 0)
     assert summary.resumed == len(kept) and len(summary.rows) == MATRICES

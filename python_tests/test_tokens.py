@@ -131,3 +131,11 @@ def test_both_are_estimated_as_two_models(pair, monkeypatch):
 def test_an_unknown_writer_is_refused():
     with pytest.raises(ValueError, match="sample_from must be 'finetuned', 'both' or 'base'"):
         Config(sample_from="either")
+
+
+def test_sequences_are_no_longer_than_either_model_reads(tmp_path):
+    base, finetuned = make_pair(tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 9}))
+    assert written(base, finetuned, tmp_path / "both", sample_from="both").shape == (6, 9)
+    assert written(base, finetuned, tmp_path / "one").shape == (6, 24)

@@ -39,7 +39,7 @@ from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, wr
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
 from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, NoFolder, WorkFolder, work_folder
-from adamix.tokens import origin_of, own_tokens, read_tokens
+from adamix.tokens import document_length, origin_of, own_tokens, read_tokens
 from adamix.version import __version__
 
 
@@ -57,6 +57,8 @@ class Summary:
     peak_bytes: int  # of this process's memory; of several, of the one that held most
     resumed: int = 0  # matrices that an earlier, interrupted run had finished
     processes: int = 1
+    # Mean tokens of a text that the fine-tune wrote to calibrate by; None if it wrote none.
+    document_length: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -186,7 +188,8 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
         rows = ranks.main(lambda: [matrix.row for matrix in matrices.values()])
         return Summary(out, rows, sizes[0], budget.bytes_16bit, _whole_bytes(found), sizes[1],
                        ranks.main(lambda: seconds), max(ranks.gather(peak_bytes())),
-                       ranks.main(lambda: len(finished)), ranks.count)
+                       ranks.main(lambda: len(finished)), ranks.count,
+                       document_length(tokens, config) if calibration is None else None)
 
 
 def _whole_bytes(found: Survey) -> dict[str, int]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from adamix.storage.log import MatrixRow
     from adamix.tuning import TuneSummary
 
+SHORT = 8  # tokens of a text: shorter ones in the mean say little of a model
+
 
 def summary_json(summary: Summary) -> dict[str, object]:
     worst = max(summary.rows, key=lambda row: row.relative_error, default=None)
@@ -30,7 +32,8 @@ def summary_json(summary: Summary) -> dict[str, object]:
             "worst_error": worst.relative_error if worst else None,
             "worst_matrix": worst.name if worst else None,
             "few_tokens": [row.name for row in _of_layer(summary)], "seconds": summary.seconds,
-            "peak_bytes": summary.peak_bytes, "resumed": summary.resumed}
+            "peak_bytes": summary.peak_bytes, "resumed": summary.resumed,
+            "document_length": summary.document_length}
 
 
 def show_summary(summary: Summary) -> None:
@@ -49,6 +52,9 @@ def show_summary(summary: Summary) -> None:
         *_kept_whole(summary.whole),
         ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
         ("output error", errors),
+        *([("short texts", f"{summary.document_length:.1f} tokens in the mean, are all the "
+                           "fine-tune writes by itself: try --sample-from both")]
+          if (summary.document_length or SHORT) < SHORT else []),
         *([("few tokens", f"{len(_of_layer(summary))} experts' matrices, calibrated by all tokens "
                           f"of their layer (gram in compression_log.csv)")]
           if _of_layer(summary) else []),

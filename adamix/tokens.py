@@ -79,6 +79,13 @@ def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoin
     return tokens
 
 
+def document_length(tokens: Tensor, config: Config) -> float | None:
+    """Mean tokens of a text that the fine-tune has written, the first of which begins every one;
+    None where it has written none."""
+    own = tokens[: writers(config)[1]]
+    return own.numel() / (own == own[0, 0]).sum().item() if len(own) else None
+
+
 @dataclass(frozen=True)
 class _Sampler:
     """Has a model write sequences that the fine-tune can read."""

@@ -292,13 +292,17 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, pairs, monkeypatch):
 
 
 def test_three_processes_write_the_bytes_of_one(tmp_path, pairs):
-    compress(pairs["dense"] / "base", pairs["dense"] / "finetuned", tmp_path / "one",
-             Config(**OPTIONS), calibration=TEXTS, threads=1)
+    dense, both = pairs["dense"], {"sample_from": "both"}
+    for out, options, texts in (("one", {}, TEXTS), ("one-both", both, None)):
+        compress(dense / "base", dense / "finetuned", tmp_path / out, Config(**OPTIONS | options),
+                 calibration=texts, threads=1)
     found = at_work(3, tmp_path / "said", [
         call_of(pairs["experts"], tmp_path / "experts"),
-        call_of(pairs["dense"], tmp_path / "texts", calibration=TEXTS)])
+        call_of(dense, tmp_path / "texts", calibration=TEXTS),
+        call_of(dense, tmp_path / "both", both)])
     assert_same_files(tmp_path / "experts", pairs["experts"] / "delta")
     assert_same_files(tmp_path / "texts", tmp_path / "one")
+    assert_same_files(tmp_path / "both", tmp_path / "one-both")
     assert all(ranks[0] == ranks[1] == ranks[2] for ranks in found)
 
 

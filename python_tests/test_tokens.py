@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from adamix import Config, compress, estimate
 from adamix.calibration.sampling import sample
 from adamix.errors import CalibrationError, CheckpointError
 from adamix.storage.log import TOKENS_FILE
-from adamix.tokens import writers
+from adamix.tokens import document_length, writers
 
 SHAPE = {"calibration_sequences": 6, "calibration_length": 24}
 BOS, EOS = 1, 2
@@ -126,6 +127,22 @@ def test_both_are_estimated_as_two_models(pair, monkeypatch):
     for sample_from in ("finetuned", "both"):
         estimate(pair.base, pair.finetuned, Config(sample_from=sample_from, **SHAPE))
     assert chunks == [(6, 24), (3, 24), (3, 24)]
+
+
+def test_short_texts_are_told_of(capsys):
+    from adamix.pipeline import Summary
+    from adamix.reports import show_summary, summary_json
+
+    config = Config(sample_from="both", calibration_sequences=4)
+    tokens = torch.tensor([[1, 2] * 6, [1, 5, 2] * 4, [1] * 12, [1] * 12])
+    assert document_length(tokens, config) == 24 / 10
+    assert document_length(tokens, Config(sample_from="base", calibration_sequences=4)) is None
+    done = Summary("delta", [], 10, 160, {}, 0, {}, 0, document_length=2.4)
+    assert summary_json(done)["document_length"] == 2.4
+    for length, told in ((2.4, True), (8.0, False), (None, False)):
+        show_summary(replace(done, document_length=length))
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("2.4 tokens in the mean" in said) is ("--sample-from both" in said) is told
 
 
 def test_an_unknown_writer_is_refused():

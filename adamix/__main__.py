@@ -152,11 +152,10 @@ def compress(
     """
     config = configuration(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
-        calibration_length=length, seed=seed, passes=passes, max_widths=max_widths,
-        separate_widths=separate_widths, decomposition=decomposition, objective=objective,
-        correction=correction, solver=solver, allocate=allocate, damping=damping,
-        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision,
-        sample_from=sample_from)
+        calibration_length=length, sample_from=sample_from, seed=seed, passes=passes, solver=solver,
+        separate_widths=separate_widths, max_widths=max_widths, decomposition=decomposition,
+        objective=objective, correction=correction, allocate=allocate, damping=damping,
+        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision)
     _quiet()
     from adamix.pipeline import compress as run
 
@@ -178,6 +177,7 @@ def estimate(
     bits: Bits = None,
     preset: StartingPoint = Preset.adamix,
     calibration: Calibration = None,
+    sample_from: SampleFrom = None,
     sequences: Sequences = None,
     length: Length = None,
     threads: Threads = None,
@@ -192,7 +192,7 @@ def estimate(
     """Say what `compress` would take: time, memory and size, from headers and configs alone."""
     config = configuration(
         preset, widths, ratio=ratio, bits_per_weight=bits, calibration_sequences=sequences,
-        calibration_length=length, passes=passes, allocate=allocate,
+        calibration_length=length, sample_from=sample_from, passes=passes, allocate=allocate,
         embeddings=embeddings)
     _quiet()
     from adamix.estimation import estimate as run

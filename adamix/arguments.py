@@ -64,8 +64,8 @@ Ratio = Annotated[float | None, typer.Option(
 Bits = Annotated[float | None, typer.Option(help="Bits a weight instead of --ratio.")]
 StartingPoint = Annotated[Preset, typer.Option(help="The starting point of all other options.")]
 Calibration = Annotated[str | None, typer.Option(
-    help="Text or .jsonl file, token ids (.npy, .safetensors), or dataset [default: sampled from "
-         "--sample-from].")]
+    help="Text or .jsonl file, token ids (.npy, .safetensors), or dataset [default: what "
+         "--sample-from writes].")]
 SampleFrom = Annotated[Writer | None, typer.Option(
     help="Who writes the calibration text where none is given: the fine-tune, the base, or half of "
          "it each [default: finetuned].")]

@@ -145,7 +145,8 @@ class Config:
         """The fields as JSON values; without those that are younger than some files, and as there.
         """
         fields = dataclasses.asdict(self) | {"bit_widths": list(self.bit_widths)}
-        return {name: value for name, value in fields.items() if YOUNGER.get(name) != value}
+        return {name: value for name, value in fields.items()
+                if name not in YOUNGER or YOUNGER[name] != value}
 
 
 def _require(name: str, holds: bool, expected: str, config: Config) -> None:

@@ -145,6 +145,14 @@ def test_short_texts_are_told_of(capsys):
         assert ("2.4 tokens in the mean" in said) is ("--sample-from both" in said) is told
 
 
+def test_fields_that_files_have_stay_in_them_though_they_are_none():
+    fields = Config().to_dict()
+    assert fields["max_widths"] is None and fields["bits_per_weight"] is None
+    assert not fields.keys() & {"vision", "sample_from"}
+    younger = {"vision": False, "sample_from": "base"}
+    assert Config(**younger).to_dict() == fields | younger
+
+
 def test_an_unknown_writer_is_refused():
     with pytest.raises(ValueError, match="sample_from must be 'finetuned', 'both' or 'base'"):
         Config(sample_from="either")

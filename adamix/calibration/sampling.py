@@ -118,7 +118,7 @@ def _sample_chunk(model: PreTrainedModel, start: int, end: int | None, rows: int
         cache = output.past_key_values
         logits = output.logits[:, -1, :vocabulary].float()
         if not torch.isfinite(logits).all():
-            raise NonFiniteError("the fine-tuned model's logits are NaN or Inf")
+            raise NonFiniteError("the logits of a model that is to write are NaN or Inf")
         drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         ended = tokens[:, position - 1] == end if end is not None and end != start else drawn < 0
         tokens[:, position] = torch.where(ended, start, drawn)

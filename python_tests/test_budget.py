@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, checkpoint_tensors, compressed_pair, make_pair
 from tiny_models import one_thread as one_thread
 
-from adamix import matrices, pipeline
+from adamix import matrices, pipeline, tokens
 from adamix.config import Config
 from adamix.errors import BudgetError
 from adamix.pipeline import compress
@@ -100,7 +100,7 @@ def test_too_small_a_budget_is_refused_before_any_calibration(
     def long_work(*arguments, **named):
         raise AssertionError("calibration had begun")
 
-    for module, name in ((pipeline, "sample"), (matrices, "accumulate"),
+    for module, name in ((tokens, "sample"), (matrices, "accumulate"),
                          (matrices, "shared_inputs"), (matrices, "quantize_matrix")):
         monkeypatch.setattr(module, name, long_work)
     with pytest.raises(BudgetError) as caught:

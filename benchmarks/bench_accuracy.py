@@ -96,11 +96,14 @@ class Bench:
     def compression(self, folder: Path, base: PreTrainedModel, reference: PreTrainedModel,
                     questions: Questions, seed: int, made: Path) -> Compression:
         """A fine-tune calibrated with one seed; `made` takes delta folders."""
-        config = adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
-                               calibration_length=self.args.length,
-                               sample_from=self.args.sample_from)
-        return Compression(self.args.base, folder, base, reference, config, made,
+        return Compression(self.args.base, folder, base, reference, self.config(seed), made,
                            [window.ids for window in questions.answered])
+
+    def config(self, seed: int) -> adamix.Config:
+        """What calibrates, with one seed."""
+        return adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
+                             calibration_length=self.args.length,
+                             sample_from=self.args.sample_from)
 
     def finetune(self, folder: Path) -> None:
         """All methods, ratios and seeds on one fine-tune, and what stands at both ends."""
@@ -210,6 +213,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.table is None and args.base is None:
         parser.error("--base: the base's folder")
     return args
+
+
+def trying_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of what compares variants of this project's own, on a CPU: pairs, sizes, seeds, and the rest.
+    """
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base")
+    parser.add_argument("--finetunes", type=Path, nargs="+", required=True,
+                        help=f"folders with a {RECORD}, or of pairs that --asked is for")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
+    measuring_arguments(parser)
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--csv", type=Path, help="append the rows here")
 
 
 def measuring_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,10 +36,9 @@ from pathlib import Path
 
 import transformers
 from accuracy_models import Compression, Result
-from bench_accuracy import Bench, Questions, measuring_arguments
+from bench_accuracy import Bench, Questions, trying_arguments
 from drift_models import WRITERS, Drifting, Variant
 from rows import AccuracyRow
-from train_pair import RECORD
 
 from adamix.evaluation import Window, score_windows
 
@@ -123,18 +122,11 @@ class Drift(Bench):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--finetunes", type=Path, nargs="+", required=True,
-                        help=f"folders with a {RECORD}, or of pairs that --asked is for")
+    trying_arguments(parser)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
                         default=list(VARIANTS))
-    parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
-    measuring_arguments(parser)
-    parser.set_defaults(device="cpu")
     parser.add_argument("--no-answers", action="store_true", help="KL alone")
     parser.add_argument("--tuned", action="store_true", help="and each after `adamix.tune`")
-    parser.add_argument("--csv", type=Path, help="append the rows here")
     return parser.parse_args(arguments)
 
 

@@ -28,12 +28,11 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from bench_accuracy import Bench, measuring_arguments
+from bench_accuracy import Bench, trying_arguments
 from questions import Questions
 from rows import AccuracyRow
 from safetensors.torch import load_file
 from torch import Tensor
-from train_pair import RECORD
 from transformers import PreTrainedModel
 
 import adamix
@@ -88,9 +87,7 @@ class Sensitivity(Bench):
         questions = self.questions(reference, pair.family)
         for seed in self.args.seeds:
             with tempfile.TemporaryDirectory(prefix="adamix-sensitivity-") as made:
-                config = adamix.Config(
-                    seed=seed, calibration_sequences=self.args.sequences,
-                    calibration_length=self.args.length, sample_from=self.args.sample_from)
+                config = self.config(seed)
                 adamix.compress(self.args.base, folder, Path(made) / "first", config,
                                 device=self.args.device)
                 tokens = load_file(Path(made) / "first" / TOKENS_FILE)["input_ids"].long()
@@ -122,15 +119,8 @@ class Sensitivity(Bench):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--finetunes", type=Path, nargs="+", required=True,
-                        help=f"folders with a {RECORD}, or of pairs that --asked is for")
+    trying_arguments(parser)
     parser.add_argument("--powers", type=float, nargs="+", default=[1.0, 0.75, 0.5])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[16.0, 32.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
-    measuring_arguments(parser)
-    parser.set_defaults(device="cpu")
-    parser.add_argument("--csv", type=Path, help="append the rows here")
     return parser.parse_args(arguments)
 
 

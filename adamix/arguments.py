@@ -37,6 +37,7 @@ class Allocation(str, Enum):
 
 
 class Writer(str, Enum):
+    auto = "auto"
     finetuned = "finetuned"
     both = "both"
     base = "base"
@@ -67,8 +68,9 @@ Calibration = Annotated[str | None, typer.Option(
     help="Text or .jsonl file, token ids (.npy, .safetensors), or dataset [default: what "
          "--sample-from writes].")]
 SampleFrom = Annotated[Writer | None, typer.Option(
-    help="Who writes the calibration text where none is given: the fine-tune, the base, or half of "
-         "it each [default: finetuned].")]
+    help="Who writes the calibration text where none is given: the fine-tune, the base, both (half "
+         "of it each), or auto: the fine-tune, and both where its texts are short "
+         "[default: auto].")]
 Sequences = Annotated[int | None, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a calibration sequence.")]
 Threads = Annotated[int | None, typer.Option(

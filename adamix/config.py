@@ -10,7 +10,8 @@ from typing import Literal
 
 MODEL_BITS = 16  # what "ratio" is measured against: a fine-tune is served in 16-bit weights
 PRESETS = ("adamix", "paper")
-YOUNGER = {"vision": True, "sample_from": "finetuned"}  # fields, and what stood for them before
+SHORT_TEXT = 8  # tokens of a text: shorter ones in the mean say little of a model
+YOUNGER = {"vision": True, "sample_from": "auto"}  # left out of files where they are this
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class Config:
             its output; False stores it whole. Text calibrates, so nothing is known of its inputs.
         calibration_sequences: how many sequences calibrate.
         calibration_length: tokens a sequence.
-        sample_from: who writes the calibration text where none is given: "finetuned", "base", or
-            "both", half of the sequences each. A fine-tune whose training left the prompts out of
-            the loss may write little else than ends of text; its base still writes.
+        sample_from: who writes the calibration text where none is given: "finetuned", "base",
+            "both", half of the sequences each, or "auto": the fine-tune, and both where its texts
+            have fewer than 8 tokens in the mean. One whose training left the prompts out of the
+            loss may write little else than ends of text; its base still writes.
         seed: of self-calibration's sampling and of the choice of calibration text.
 
     Raises:
@@ -74,7 +76,7 @@ class Config:
     vision: bool = True
     calibration_sequences: int = 128
     calibration_length: int = 256
-    sample_from: Literal["finetuned", "both", "base"] = "finetuned"
+    sample_from: Literal["auto", "finetuned", "both", "base"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,8 +112,8 @@ class Config:
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
         _require("allocate", self.allocate in ("matrix", "model"), "'matrix' or 'model'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)
-        _require("sample_from", self.sample_from in ("finetuned", "both", "base"),
-                 "'finetuned', 'both' or 'base'", self)
+        _require("sample_from", self.sample_from in ("auto", "finetuned", "both", "base"),
+                 "'auto', 'finetuned', 'both' or 'base'", self)
         _require("seed", 0 <= self.seed < 2**63, "in 0..2**63 - 1", self)
         _require("calibration_length", self.calibration_length >= 2, ">= 2", self)
 

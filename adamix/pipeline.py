@@ -39,7 +39,7 @@ from adamix.storage.file import FORMAT_VERSION, delta_bytes, refuse_existing, wr
 from adamix.storage.log import MatrixRow, write_log, write_spectra, write_tokens
 from adamix.storage.pack import pack
 from adamix.storage.work import CompressedMatrix, NoFolder, WorkFolder, work_folder
-from adamix.tokens import document_length, origin_of, own_tokens, read_tokens
+from adamix.tokens import document_length, origin_of, own_tokens, read_tokens, settled
 from adamix.version import __version__
 
 
@@ -59,6 +59,7 @@ class Summary:
     processes: int = 1
     # Mean tokens of a text that the fine-tune wrote to calibrate by; None if it wrote none.
     document_length: float | None = None
+    sample_from: str | None = None  # "finetuned", "both" or "base"; None where text was given
 
     @property
     def ratio(self) -> float:
@@ -169,7 +170,7 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
                             ranks)
         manifest = manifest_of(sources, found, config, origin_of(calibration, config, tokens))
         budget = plan_budget(found, manifest, config)
-        fingerprint = _fingerprint(manifest, found, sources, compute)
+        fingerprint = _fingerprint(manifest, found, sources, compute, sampled=tokens is None)
         if any(other != fingerprint for other in ranks.gather(fingerprint)):
             raise RankError("the processes were started with different models, options or versions")
         work.check(fingerprint, restart=given.restart)
@@ -178,6 +179,7 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
             with timed(seconds, "calibration tokens"):
                 tokens = own_tokens(work, sources, config, compute, threads, max_memory, progress,
                                     ranks)
+            config = settled(config, tokens)
         manifest = replace(manifest, calibration=origin_of(calibration, config, tokens))
         run = MatrixRun(sources, found, architecture, config, budget.bits, work, jobs, threads,
                         max_memory, progress, seconds, calibrator, compute, solve, ranks)
@@ -189,7 +191,8 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
         return Summary(out, rows, sizes[0], budget.bytes_16bit, _whole_bytes(found), sizes[1],
                        ranks.main(lambda: seconds), max(ranks.gather(peak_bytes())),
                        ranks.main(lambda: len(finished)), ranks.count,
-                       document_length(tokens, config) if calibration is None else None)
+                       *((document_length(tokens, config), config.sample_from)
+                         if calibration is None else ()))
 
 
 def _whole_bytes(found: Survey) -> dict[str, int]:
@@ -228,17 +231,16 @@ def _on(compute: Compute, executor: Executor
 
 
 def _fingerprint(manifest: Manifest, found: Survey, sources: tuple[Checkpoint, Checkpoint],
-                 compute: Compute) -> dict[str, object]:
+                 compute: Compute, *, sampled: bool) -> dict[str, object]:
     """All that the bytes of a finished matrix depend on, by names for a sentence on what differs.
 
     The hash of sampled text is not in it: the models and the config determine it.
     """
     calibration = dict(manifest.calibration)
     base = {"name": manifest.base, "sha256": manifest.fingerprint["sha256"]}
-    if calibration["source"] == "self":
+    if sampled:
         del calibration["sha256"]
-        if "sample_from" in manifest.config:  # the base writes too
-            base["configuration"] = sources[0].copied_hash()
+        base["configuration"] = sources[0].copied_hash()  # it may write too
     return {"adamix": __version__, "format": FORMAT_VERSION, "layout": ops.LAYOUT_VERSION,
             "torch": torch.__version__, "device": compute.label,
             "base": base,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adamix import display
+from adamix.config import SHORT_TEXT
 from adamix.errors import ResumeError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from adamix.pipeline import Summary
     from adamix.storage.log import MatrixRow
     from adamix.tuning import TuneSummary
-
-SHORT = 8  # tokens of a text: shorter ones in the mean say little of a model
 
 
 def summary_json(summary: Summary) -> dict[str, object]:
@@ -33,7 +32,7 @@ def summary_json(summary: Summary) -> dict[str, object]:
             "worst_matrix": worst.name if worst else None,
             "few_tokens": [row.name for row in _of_layer(summary)], "seconds": summary.seconds,
             "peak_bytes": summary.peak_bytes, "resumed": summary.resumed,
-            "document_length": summary.document_length}
+            "document_length": summary.document_length, "sample_from": summary.sample_from}
 
 
 def show_summary(summary: Summary) -> None:
@@ -52,9 +51,7 @@ def show_summary(summary: Summary) -> None:
         *_kept_whole(summary.whole),
         ("beside it", f"{size(summary.bytes_beside)} of logs and copies, not needed to load"),
         ("output error", errors),
-        *([("short texts", f"{summary.document_length:.1f} tokens in the mean, are all the "
-                           "fine-tune writes by itself: try --sample-from both")]
-          if (summary.document_length or SHORT) < SHORT else []),
+        *_short_texts(summary),
         *([("few tokens", f"{len(_of_layer(summary))} experts' matrices, calibrated by all tokens "
                           f"of their layer (gram in compression_log.csv)")]
           if _of_layer(summary) else []),
@@ -62,6 +59,16 @@ def show_summary(summary: Summary) -> None:
           if summary.resumed else []),
         ("time", stages),
         ("peak memory", size(summary.peak_bytes))])
+
+
+def _short_texts(summary: Summary) -> list[tuple[str, str]]:
+    """A line on a fine-tune that writes hardly any text by itself."""
+    if (summary.document_length or SHORT_TEXT) >= SHORT_TEXT:
+        return []
+    then = ("the base wrote half of what calibrates" if summary.sample_from == "both" else
+            "try --sample-from both")
+    return [("short texts", f"{summary.document_length:.1f} tokens in the mean are all that the "
+                            f"fine-tune writes: {then}, or give --calibration FILE")]
 
 
 def tuning_json(done: TuneSummary) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
@@ -13,7 +13,7 @@ from adamix.calibration.filling import fill, move_buffers, own_tensors
 from adamix.calibration.sampling import sample
 from adamix.calibration.texts import token_hash, tokenize
 from adamix.calibration.token_ids import Source, given_ids
-from adamix.config import Config
+from adamix.config import SHORT_TEXT, Config
 from adamix.devices import Compute
 from adamix.errors import CalibrationError
 from adamix.memory import sampling_threads
@@ -25,6 +25,8 @@ from adamix.source.checkpoints import Checkpoint, context_of
 from adamix.source.models import empty_model, find_tokenizer, load_model, skeleton
 from adamix.source.parts import ModelTensors
 from adamix.storage.work import NoFolder, WorkFolder
+
+LABELS = {"auto": "self", "finetuned": "self", "both": "both", "base": "base"}  # equally long
 
 
 def read_tokens(finetuned: Checkpoint, vocabulary: int, config: Config, calibration: Source,
@@ -47,10 +49,22 @@ def read_tokens(finetuned: Checkpoint, vocabulary: int, config: Config, calibrat
 
 
 def writers(config: Config) -> tuple[int, int]:
-    """How many sequences the base writes, and the fine-tune, where no text is given."""
+    """How many sequences the base writes, and the fine-tune, where no text is given; with "auto"
+    where the fine-tune's texts are not short."""
     count = config.calibration_sequences
-    base = {"finetuned": 0, "both": count // 2, "base": count}[config.sample_from]
+    base = {"both": count // 2, "base": count}.get(config.sample_from, 0)
     return base, count - base
+
+
+def settled(config: Config, tokens: Tensor) -> Config:
+    """The configuration with the writers of these tokens in place of "auto", which goes by the
+    sequences that are the fine-tune's in either case."""
+    if config.sample_from != "auto":
+        return config
+    both = replace(config, sample_from="both")
+    length = document_length(tokens, both) or 0.0
+    is_short = length < min(SHORT_TEXT, tokens.shape[1] / 2)
+    return both if is_short else replace(config, sample_from="finetuned")
 
 
 def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoint],
@@ -63,25 +77,32 @@ def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoin
     """
     tokens, sha256 = ranks.main(work.tokens) or (None, "")
     if tokens is None or token_hash(tokens) != sha256:
-        progress.stage("sampling calibration text", config.calibration_sequences)
         base, finetuned = sources
+        vocabulary = empty_model(finetuned.folder).get_input_embeddings().weight.shape[0]
+        write = _Sampler(config, vocabulary, compute, threads, max_memory, progress, ranks).tokens
         by_base, by_finetune = writers(config)
-        parts = [part for part in ((finetuned, by_finetune, 0), (base, by_base, by_finetune))
-                 if part[1]]
-        models = [empty_model(one.folder) for one in (finetuned, *(part[0] for part in parts))]
-        longest = [getattr(model.config.get_text_config(), "max_position_embeddings", None)
-                   for model in models]
-        sampler = _Sampler(config, min([config.calibration_length, *filter(None, longest)]),
-                           models[0].get_input_embeddings().weight.shape[0], compute, threads,
-                           max_memory, progress, ranks)
-        tokens = cat([sampler.tokens(*part) for part in parts])
+        length = _length(config, [finetuned, base] if by_base else [finetuned])
+        parts = [write(*part, length) for part in (
+            (finetuned, by_finetune, 0), (base, by_base, by_finetune)) if part[1]]
+        by_base, by_finetune = writers(settled(config, parts[0]))
+        if by_base and config.sample_from == "auto":
+            length = _length(config, [finetuned, base])
+            parts = [parts[0][:by_finetune, :length], write(base, by_base, by_finetune, length)]
+        tokens = cat(parts)
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens
 
 
+def _length(config: Config, sources: list[Checkpoint]) -> int:
+    """Tokens of a sequence: no more than any of the models reads."""
+    settings = [empty_model(source.folder).config.get_text_config() for source in sources]
+    longest = [getattr(one, "max_position_embeddings", None) for one in settings]
+    return min([config.calibration_length, *filter(None, longest)])
+
+
 def document_length(tokens: Tensor, config: Config) -> float | None:
     """Mean tokens of a text that the fine-tune has written, the first of which begins every one;
-    None where it has written none."""
+    None where it has written none. Of a configuration that is settled."""
     own = tokens[: writers(config)[1]]
     return own.numel() / (own == own[0, 0]).sum().item() if len(own) else None
 
@@ -91,7 +112,6 @@ class _Sampler:
     """Has a model write sequences that the fine-tune can read."""
 
     config: Config
-    length: int
     vocabulary: int  # ids are below
     compute: Compute
     threads: int
@@ -99,7 +119,7 @@ class _Sampler:
     progress: Progress
     ranks: Ranks
 
-    def tokens(self, source: Checkpoint, sequences: int, first: int) -> Tensor:
+    def tokens(self, source: Checkpoint, sequences: int, first: int, length: int) -> Tensor:
         """`[sequences, length]` of a model, of numbers from `first` on; each rank writes some."""
         tokenizer = find_tokenizer([source.folder])
         settings = empty_model(source.folder).config.get_text_config()
@@ -109,10 +129,11 @@ class _Sampler:
         if not isinstance(start, int):
             raise CalibrationError(f"{source.source} names no token that begins a text: "
                                    "give --calibration FILE")
+        self.progress.stage("sampling calibration text", sequences)
         with workers(self._at_once(source)) as executor:
             return sample(
                 _load(source, self.compute), start, end if isinstance(end, int) else None,
-                sequences=sequences, length=self.length, seed=self.config.seed, first=first,
+                sequences=sequences, length=length, seed=self.config.seed, first=first,
                 most=self.vocabulary, executor=executor, on_chunk=self.progress.advance,
                 mine=self.ranks.mine, gather=self.ranks.gather)
 
@@ -144,10 +165,12 @@ def _load(source: Checkpoint, compute: Compute) -> transformers.PreTrainedModel:
 
 def origin_of(calibration: Source | None, config: Config, tokens: Tensor | None = None
               ) -> dict[str, object]:
-    """Where the calibration comes from; without tokens in the most characters that it can take."""
-    label = (str(calibration) if isinstance(calibration, (str, Path)) else
+    """Where the calibration comes from, "self" being the fine-tune; without tokens in the most
+    characters that it can take."""
+    label = (LABELS[config.sample_from] if calibration is None else
+             str(calibration) if isinstance(calibration, (str, Path)) else
              "token ids" if isinstance(calibration, Tensor) else "strings")
     shape = (config.calibration_sequences, config.calibration_length)
     rows, length = shape if tokens is None else tokens.shape
-    return {"source": "self" if calibration is None else label, "sequences": rows, "length": length,
+    return {"source": label, "sequences": rows, "length": length,
             "sha256": "0" * 64 if tokens is None else token_hash(tokens)}

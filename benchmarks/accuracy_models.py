@@ -8,6 +8,7 @@ this project's budget for the ratio gives it.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -93,6 +94,7 @@ class Compression:
     def __post_init__(self) -> None:
         self._made: dict[tuple[str, float], Compressed] = {}
         self._tokens: Tensor | None = None
+        self._frames: dict[Path, PreTrainedModel] = {}  # the last one
 
     def compressed(self, preset: str, ratio: float) -> Compressed:
         """By this project's method; the first call samples the tokens that all others use too."""
@@ -209,7 +211,10 @@ class Compression:
 
     def frame(self, frame: Compressed) -> PreTrainedModel:
         """What preset `adamix` restores; methods put other linear layers into it."""
-        return restored_model(self.base, frame.folder).to(self.reference.device)
+        if frame.folder not in self._frames:
+            self._frames = {frame.folder: restored_model(self.base, frame.folder).to(
+                self.reference.device)}
+        return copy.deepcopy(self._frames[frame.folder])
 
     @torch.no_grad()
     def result(self, frame: Compressed, dense: dict[str, Tensor], bits: int, start: float

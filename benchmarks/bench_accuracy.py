@@ -236,8 +236,8 @@ def measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="a file of general text, for KL")
     parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--sample-from", default="finetuned",
-                        choices=["finetuned", "both", "base"], help="who writes these")
+    parser.add_argument("--sample-from", default="auto",
+                        choices=["auto", "finetuned", "both", "base"], help="who writes these")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="begin nothing after these")

@@ -35,6 +35,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
+def without_gpu() -> Iterator[None]:
+    """What goes to a GPU where there is one goes to the CPU, here and in processes begun here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="module")
 def apart() -> Iterator[Executor]:
     """A process to measure memory in: no other test has used its allocator, and what it frees of
     large arrays goes back to the system at once."""

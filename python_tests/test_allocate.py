@@ -3,6 +3,7 @@
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from reference import least_plan_error, least_plan_error_by_tables, plan_error_b
 from adamix.compression.allocate import GAP, allocate
 from adamix.errors import SolverError
 
-SOLVERS = ["highs", "cbc"]
+CBC = pytest.param("cbc", marks=pytest.mark.skipif(find_spec("cbcbox") is None,
+                                                   reason="no cbcbox, which is python-mip's CBC"))
+SOLVERS = ["highs", CBC]
 # The solver may stop within GAP of the optimum; sums of up to 1000 fp64 errors add nothing to it.
 WITHIN_GAP = 1 + 2 * GAP
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
@@ -83,7 +86,8 @@ def test_a_plan_of_a_small_matrix_where_scales_count_as_much_as_widths_is_the_be
 
 @pytest.mark.parametrize(("rank", "out", "n", "share", "solver", "seed"), [
     (300, 576, 1536, 0.1, "highs", 2), (300, 576, 1536, 0.25, "highs", 2),
-    (300, 576, 1536, 0.1, "cbc", 0), (1000, 3584, 18944, 0.1, "highs", 0)])
+    (1000, 3584, 18944, 0.1, "highs", 0),
+    pytest.param(300, 576, 1536, 0.1, "cbc", 0, marks=CBC.marks)])
 def test_a_large_plan_lies_between_the_linear_relaxation_and_its_rounding(
         rank, out, n, share, solver, seed):
     """share: of the bits that all components at 8 bits would take."""
@@ -205,16 +209,22 @@ def test_a_budget_below_the_cheapest_plan_is_an_error_that_names_both(solver):
         allocate(torch.ones(3, 2), [8, 4], 11, solver=solver)
 
 
-def test_a_solver_that_cannot_be_loaded_is_an_error_that_says_what_is_needed(monkeypatch):
+@pytest.mark.parametrize(("solver", "error", "words"), [
+    ("highs", FileNotFoundError("HiGHS not found."),
+     "the solver highs .*highspy below 1.16.*HiGHS not found"),
+    ("cbc", NameError("name 'cbclib' is not defined"), "the solver cbc .*cbc cbcbox.*cbclib")])
+def test_a_solver_that_cannot_be_loaded_is_an_error_that_says_what_is_needed(
+        solver, error, words, monkeypatch):
     def missing(*args, **keys):
-        raise FileNotFoundError("HiGHS not found.")
+        raise error
 
     monkeypatch.setattr("mip.Model", missing)
     errors = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.1, 4.0]])
-    with pytest.raises(SolverError, match="the solver highs .*highspy below 1.16.*HiGHS not found"):
-        allocate(errors, [8, 5, 0], 13)
+    with pytest.raises(SolverError, match=words):
+        allocate(errors, [8, 5, 0], 13, solver=solver)
 
 
+@pytest.mark.skipif(find_spec("cbcbox") is None, reason="no cbcbox, which is python-mip's CBC")
 def test_control_c_still_works_after_cbc_ran_in_many_threads():
     """CBC's linear solver swaps the process's SIGINT handler; two at a time would lose Python's."""
     errors, costs = layer_errors(np.random.default_rng(2), 6), layer_costs(32, 32)

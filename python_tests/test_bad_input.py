@@ -26,6 +26,8 @@ from adamix.errors import (
 from adamix.storage import file as storage
 from adamix.storage import log
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 CONFIG = Config(bits_per_weight=3.0, calibration_sequences=4, calibration_length=16)
 TEXT = ["some text to calibrate with, long enough for a few windows of sixteen"]
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"

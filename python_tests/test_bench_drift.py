@@ -11,6 +11,8 @@ from tiny_models import LAYERS, make_pair
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 bench, drift, models, answers, rows = map(importlib.import_module, (
     "bench_drift", "drift_models", "accuracy_models", "answers", "rows"))

@@ -25,6 +25,8 @@ from adamix.pipeline import compress
 from adamix.source.checkpoints import Checkpoint
 from adamix.storage.file import delta_bytes
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 QUICK = dict(calibration_sequences=4, calibration_length=16)
 TEXT = [f"document {i} says {i * i}" for i in range(30)]

@@ -25,6 +25,8 @@ from adamix.errors import CalibrationError, MemoryLimitError
 from adamix.memory import MemoryPlan, Sizes, matrix_bytes, plan_memory, resident_bytes, sizes
 from adamix.pipeline import compress
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 GB = 10**9
 TEXT = [f"document {i} says {i * i}" for i in range(30)]
 

@@ -33,6 +33,8 @@ from adamix.progress import Silent
 from adamix.storage.file import delta_bytes, read_delta, read_manifest
 from adamix.storage.log import read_log
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 # What compressed_pair() does.
 OPTIONS = dict(bits_per_weight=3.0, bit_widths=(8, 4, 3, 2), calibration_sequences=8,
                calibration_length=32)

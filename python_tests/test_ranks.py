@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_families import random_pair
 from test_pipeline import assert_same_files
 from test_resume import finished, interrupt_after
+from test_tokens import ending
 from tiny_models import compressed_pair, make_pair
 from tiny_models import one_thread as one_thread
 
@@ -32,6 +33,8 @@ from adamix.config import Config
 from adamix.pipeline import compress
 from adamix.ranks import Loads, Part, Ranks, launched
 from adamix.storage.log import read_log
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
 
 HERE = Path(__file__).parent
 # Six chunks of sequences, the last one half full: groups without a chunk, and with one.
@@ -292,17 +295,23 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, pairs, monkeypatch):
 
 
 def test_three_processes_write_the_bytes_of_one(tmp_path, pairs):
-    dense, both = pairs["dense"], {"sample_from": "both"}
-    for out, options, texts in (("one", {}, TEXTS), ("one-both", both, None)):
-        compress(dense / "base", dense / "finetuned", tmp_path / out, Config(**OPTIONS | options),
-                 calibration=texts, threads=1)
+    dense, short, both = pairs["dense"], tmp_path / "short", {"sample_from": "both"}
+    short.mkdir()
+    (short / "base").symlink_to(dense / "base")
+    ending(dense / "finetuned", short / "finetuned")
+    for out, pair, options, texts in (("one", dense, {}, TEXTS), ("one-both", dense, both, None),
+                                      ("one-auto", short, {}, None)):
+        done = compress(pair / "base", pair / "finetuned", tmp_path / out,
+                        Config(**OPTIONS | options), calibration=texts, threads=1)
+    assert done.sample_from == "both"
     found = at_work(3, tmp_path / "said", [
         call_of(pairs["experts"], tmp_path / "experts"),
         call_of(dense, tmp_path / "texts", calibration=TEXTS),
-        call_of(dense, tmp_path / "both", both)])
+        call_of(dense, tmp_path / "both", both), call_of(short, tmp_path / "auto")])
     assert_same_files(tmp_path / "experts", pairs["experts"] / "delta")
     assert_same_files(tmp_path / "texts", tmp_path / "one")
     assert_same_files(tmp_path / "both", tmp_path / "one-both")
+    assert_same_files(tmp_path / "auto", tmp_path / "one-auto")
     assert all(ranks[0] == ranks[1] == ranks[2] for ranks in found)
 
 

@@ -20,6 +20,8 @@ from adamix.pipeline import compress
 from adamix.storage.file import delta_bytes, read_delta
 from adamix.storage.work import work_path
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 WIDTHS = (8, 4, 3, 2)
 SHAPE = (64, 96)
 STEP = component_bits(SHAPE, 2) - component_bits(SHAPE, 1)

@@ -19,6 +19,8 @@ from adamix.storage.file import DELTA_FILE
 from adamix.storage.log import TOKENS_FILE
 from adamix.tokens import document_length, settled, writers
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 SHAPE = {"calibration_sequences": 6, "calibration_length": 24}
 BOS, EOS = 1, 2
 

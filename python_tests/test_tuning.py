@@ -21,6 +21,8 @@ from adamix.progress import Silent
 from adamix.source.models import load_model
 from adamix.storage.file import read_delta
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 OPTIONS = {"steps": 30, "device": "cpu"}
 
 

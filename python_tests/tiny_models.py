@@ -140,7 +140,7 @@ def compressed_pair(variant: str = "plain") -> Pair:
             tensors = load_file(path / "model.safetensors")
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
             save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    compress(base, finetuned, folder / "delta", _config(), threads=1)
+    compress(base, finetuned, folder / "delta", _config(), threads=1, device="cpu")
     return Pair(base, finetuned, folder / "delta")
 
 
@@ -157,7 +157,7 @@ def compressed_family(count: int = 3) -> Family:
         if i > 0:
             finetuned = folder / f"finetuned{i}"
             _write_finetune(base, finetuned, torch.Generator().manual_seed(i))
-        compress(base, finetuned, delta, _config(), threads=1)
+        compress(base, finetuned, delta, _config(), threads=1, device="cpu")
     return Family(base, deltas)
 
 

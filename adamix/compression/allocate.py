@@ -293,9 +293,9 @@ def _solve(errors: Tensor, is_open: Tensor, rows: Sequence[tuple[Sequence[int], 
     rank, choices = errors.shape
     try:
         model = mip.Model(solver_name=mip.HIGHS if solver == "highs" else mip.CBC)
-    except (FileNotFoundError, NotImplementedError) as error:
+    except (FileNotFoundError, NotImplementedError, NameError) as error:
         raise SolverError(f"python-mip cannot load the solver {solver} (highs needs highspy below "
-                          f"1.16): {reason(error)}") from error
+                          f"1.16, cbc cbcbox): {reason(error)}") from error
     model.verbose, model.threads, model.max_mip_gap, model.seed = 0, 1, gap, 0
     S = [{k: model.add_var(var_type=mip.BINARY, obj=row[k]) for k in range(choices) if allowed[k]}
          for row, allowed in zip(errors.tolist(), is_open.tolist(), strict=True)]

@@ -249,8 +249,9 @@ class Drifting:
         """Layers of a block, compressed and put into the model."""
         layers = [name for name in self.after if name.startswith(f"{block_name}.")
                   and name.rpartition(".")[2] in kinds]
+        own = self.compression.grams if variant.own_inputs or sums is None else None
         with workers() as executor:
-            found = executor.map(lambda name: self._layer(name, variant, sums), layers)
+            found = executor.map(lambda name: self._layer(name, variant, sums, own), layers)
             made = dict(zip(layers, found, strict=True))
         for name, packed in made.items():
             layer = block.get_submodule(name.removeprefix(f"{block_name}."))
@@ -258,10 +259,12 @@ class Drifting:
         return made
 
     @torch.no_grad()
-    def _layer(self, name: str, variant: Variant, sums: Sums | None) -> PackedDelta:
-        """One layer in the bits that preset `adamix` has used for it."""
+    def _layer(self, name: str, variant: Variant, sums: Sums | None,
+               own: dict[str, Tensor] | None) -> PackedDelta:
+        """One layer in the bits that preset `adamix` has used for it; `own`: X Xᵀ of its inputs in
+        the fine-tune, where it is these that count."""
         delta, weight = self.compression.deltas[name], self.after[name].weight
-        gram = self.compression.grams[name] if variant.own_inputs or sums is None else sums.gram
+        gram = own[name] if own is not None else sums.gram
         corrects = sums is not None and variant.share and name.rpartition(".")[2] in variant.kinds
         if corrects and not variant.scales:
             delta = target(delta, weight, sums, variant)

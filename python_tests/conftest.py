@@ -37,6 +37,9 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def without_gpu() -> Iterator[None]:
     """What goes to a GPU where there is one goes to the CPU, here and in processes begun here."""
+    if torch.cuda.is_available():  # CUDA reads the variable once, and later tests use the GPU
+        torch.cuda.init()
+        torch.cuda.device_count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -24,6 +24,8 @@ from adamix.storage.file import delta_bytes, read_manifest
 from adamix.storage.log import read_log
 from adamix.version import __version__
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 SMALL = ["--bits", "3", "--widths", "8,4,3,2", "--sequences", "8", "--length", "32",
          "--threads", "1"]  # what compressed_pair() does
 

@@ -25,6 +25,8 @@ from adamix.storage import file as storage
 from adamix.storage.log import read_log
 from adamix.storage.work import work_path
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 SMALL = ["--bits", "3", "--widths", "8,4,3,2", "--sequences", "8", "--length", "32"]
 MATRICES = 16  # of compressed_pair()
 

@@ -10,6 +10,7 @@ from rows import AccuracyRow
 from tables import table
 
 ROWS = Path(__file__).parent / "results" / "accuracy.csv"
+WRITERS = ROWS.with_name("accuracy_writers.csv")  # the same pairs, calibrated by one model's text
 BASE, FINETUNE, LORA = "base", "fine-tune", "LoRA"  # what is no method of compression
 OURS, DELTA_COME, PUBLISHED = "adamix", "Delta-CoMe", "AdaMix, published"
 INPUTS = {"error": "on the calibration's inputs", "error_held_out": "on held-out ones"}

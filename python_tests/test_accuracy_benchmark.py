@@ -22,6 +22,22 @@ families, training, bench, tables, answers, models, smollm2, rows = map(
         "accuracy_models", "smollm2", "rows"))
 
 
+# --- picture -----------------------------------------------------------------------------------
+
+
+def test_the_picture_has_each_pair_and_no_text_on_another():
+    from test_results import texts_are_apart
+
+    plot = importlib.import_module("plot_accuracy")
+    assert (plot.ROWS.parent / plot.PICTURE).is_file()
+    found = rows.read_rows([plot.ROWS], rows.AccuracyRow)
+    assert set(plot.divergences(found)) == set(plot.TITLES)
+    figure = plot.figure_of(found)
+    for panel in figure.axes:
+        assert [line.get_label() for line in panel.lines] == list(plot.NAMES)
+    texts_are_apart(figure)
+
+
 # --- families ----------------------------------------------------------------------------------
 
 

@@ -293,18 +293,10 @@ def test_every_row_keeps_to_its_budget_and_every_method_has_every_matrix():
 
 
 def test_the_picture_is_on_the_page_and_none_of_its_texts_lies_on_another():
-    from test_results import text_boxes
+    from test_results import texts_are_apart
 
     assert f"](results/{plot.PICTURE})" in QUALITY and (plot.ROWS.parent / plot.PICTURE).is_file()
-    figure = plot.figure_of(tables.read())
-    plot.FigureCanvasAgg(figure).draw()
-    boxes = [text.get_window_extent() for text in figure.texts]
-    boxes += [legend.get_window_extent() for legend in figure.legends]
-    boxes += [box for panel in figure.axes for box in text_boxes(panel)]
-    for i, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert not [other for other in boxes[i + 1:] if box.overlaps(other)]
+    texts_are_apart(plot.figure_of(tables.read()))
 
 
 @pytest.mark.parametrize("name", ["this project", "this project, preset paper",

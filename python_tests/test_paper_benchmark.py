@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_results import text_boxes
+from test_results import texts_are_apart
 from tiny_models import LAYERS, make_pair
 from tiny_models import one_thread as one_thread
 from transformers import AutoModelForCausalLM
@@ -245,13 +245,7 @@ def test_tables_and_pictures_come_from_the_rows_alone(folder, capsys):
     assert (folder / "paper_components_invented.png").stat().st_size > 10_000
     assert (folder / "paper_plan_invented.png").stat().st_size > 10_000
     figure = plot.components_figure(tables.read(folder, paper_rows.ComponentRow))
-    plot.FigureCanvasAgg(figure).draw()
-    boxes = [figure._suptitle.get_window_extent(),
-             *(box for panel in figure.axes for box in text_boxes(panel))]
-    for i, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert not [other for other in boxes[i + 1:] if box.overlaps(other)]
+    texts_are_apart(figure)
 
 
 def test_data_without_a_pair_gives_errors_by_f_max(case, tmp_path, monkeypatch):

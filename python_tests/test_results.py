@@ -3,7 +3,9 @@
 import csv
 import importlib
 import re
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ accuracy_tables, compression_tables, plot, plot_serving, rows, tables = map(
 
 README = (ROOT / "README.md").read_text()
 MEASURED = (plot.SWEEP_ROWS, plot.TABLE_ROWS, plot_serving.ROWS, compression_tables.ROWS,
-            accuracy_tables.ROWS)
+            accuracy_tables.ROWS, accuracy_tables.WRITERS)
 
 
 def kernels():
@@ -45,6 +47,45 @@ def test_the_page_on_quality_has_the_tables_of_the_rows_of_accuracy():
     text = accuracy_tables.markdown(rows.read_rows([accuracy_tables.ROWS], rows.AccuracyRow))
     page = (ROOT / "benchmarks" / "QUALITY.md").read_text()
     assert f"\n\n{text}\n\n" in page, "paste what benchmarks/bench_accuracy.py --table prints"
+
+
+def test_the_page_on_quality_has_the_rows_of_who_writes():
+    page = (ROOT / "benchmarks" / "QUALITY.md").read_text()
+    found = rows.read_rows([accuracy_tables.WRITERS], rows.AccuracyRow)
+    assert len(found) == 8
+    both = [row for row in rows.read_rows([accuracy_tables.ROWS], rows.AccuracyRow)
+            if (row.method, row.seed) == ("adamix", 0) and row.family and row.ratio < 64]
+    for row in (*found, *both):
+        cells = (row.kl_prompts, row.kl_text, row.error, row.error_held_out)
+        assert f"| {' | '.join(f'{cell:.4f}' for cell in cells)} |" in page, row
+
+
+def test_what_the_text_says_of_whole_models_is_in_the_rows():
+    seeds = defaultdict(list)
+    for row in rows.read_rows([accuracy_tables.ROWS], rows.AccuracyRow):
+        seeds[row.family, row.method, row.ratio].append(row)
+
+    def mean(field, *key):
+        return statistics.mean(getattr(row, field) for row in seeds[key])
+
+    own = {"adamix", "adamix, tuned", "adamix, one budget", "paper", "LoRA"}
+    below = defaultdict(list)
+    for family, method, ratio in list(seeds):
+        if method == "adamix":
+            least = min(mean("kl_prompts", family, other, ratio) for of, other, at in seeds
+                        if (of, at) == (family, ratio) and other not in own)
+            share = 100 * (1 - mean("kl_prompts", family, method, ratio) / least)
+            below[bool(family)].append(share)
+    pairs, example = ([f"{ends(shares):.0f} %" for ends in (min, max)]
+                      for shares in (below[True], below[False]))
+    answers = {method: ", ".join(f"{mean('accuracy', 'invented', method, ratio):.1f}"
+                                 for ratio in (16, 32, 64)) for method in ("adamix", "LoRA")}
+    answers = {method: " and ".join(said.rsplit(", ", 1)) for method, said in answers.items()}
+    said = " ".join(README.split())
+    assert f"is {pairs[0]} to {pairs[1]} below that of the nearest published method" in said
+    assert f"and {example[0]} to {example[1]} below it in `examples/`" in said
+    assert f"at 1/16, 1/32 and 1/64 {answers['adamix']} %, and a LoRA" in said
+    assert f"a LoRA of these bytes {answers['LoRA']} %" in said
 
 
 def test_the_readme_has_the_pictures_and_they_are_there():
@@ -145,7 +186,11 @@ def words(text):
 @pytest.mark.parametrize("make", [*plot.FIGURES.values(), plot_serving.figure_of],
                          ids=lambda make: make.__name__)
 def test_no_text_leaves_a_picture_or_lies_on_another(make):
-    figure = make(serving() if make is plot_serving.figure_of else kernels())
+    texts_are_apart(make(serving() if make is plot_serving.figure_of else kernels()))
+
+
+def texts_are_apart(figure):
+    """No text leaves the picture or lies on another."""
     FigureCanvasAgg(figure).draw()
     boxes = [text.get_window_extent() for text in figure.texts]
     boxes += [legend.get_window_extent() for legend in figure.legends]

@@ -25,6 +25,7 @@ from adamix.arguments import (
     Dtype,
     Embeddings,
     Finetuned,
+    Gain,
     Length,
     MaxMemory,
     Passes,
@@ -38,6 +39,7 @@ from adamix.arguments import (
     Solver,
     StartingPoint,
     Threads,
+    Unbiased,
     Vision,
     Widths,
     configuration,
@@ -135,8 +137,8 @@ def compress(
     allocate: Allocate = None,
     solver: Annotated[Solver | None, typer.Option(help="Of the integer program.")] = None,
     damping: Annotated[float | None, typer.Option(help="Of the Hessian, in (0, 1).")] = None,
-    unbiased: Annotated[bool | None, typer.Option(
-        "--unbiased/--no-unbiased", help="Scales make up for what rounding takes off.")] = None,
+    unbiased: Unbiased = None,
+    gain: Gain = None,
     svd_damping: Annotated[float | None, typer.Option(
         help="What the SVD adds to that, in [0, 1).")] = None,
     embeddings: Embeddings = None,
@@ -155,7 +157,7 @@ def compress(
         calibration_length=length, sample_from=sample_from, seed=seed, passes=passes, solver=solver,
         separate_widths=separate_widths, max_widths=max_widths, decomposition=decomposition,
         objective=objective, correction=correction, allocate=allocate, damping=damping,
-        svd_damping=svd_damping, unbiased=unbiased, embeddings=embeddings, vision=vision)
+        svd_damping=svd_damping, unbiased=unbiased, gain=gain, embeddings=embeddings, vision=vision)
     _quiet()
     from adamix.pipeline import compress as run
 
@@ -305,19 +307,7 @@ def merge(
 
     with display.shown_progress() as progress:
         done = run(base, delta, out, dtype=dtype.value if dtype else None, progress=progress)
-    facts = {"out": str(done.out), "dtype": done.dtype, "tensors": done.tensors,
-             "bytes": done.bytes, "rounding_error": done.rounding_error,
-             "worst_rounding_error": done.worst_rounding_error, "worst_matrix": done.worst_matrix,
-             "seconds": done.seconds}
-    if as_json:
-        display.show_json(facts)
-        return
-    worst = f", worst {done.worst_rounding_error:.3g} ({done.worst_matrix})"
-    display.show_facts([
-        ("wrote", f"{done.out}: {done.tensors} tensors, {display.bytes_text(done.bytes)}"),
-        (f"rounding to {done.dtype} adds", f"{done.rounding_error:.3g} of ‖Δ̂‖²"
-         + (worst if done.worst_matrix else "")),
-        ("time", display.seconds_text(done.seconds))])
+    (display.show_json(reports.merging_json(done)) if as_json else reports.show_merging(done))
 
 
 @app.command()

@@ -60,6 +60,11 @@ Device = Annotated[str | None, typer.Option(
 Restart = Annotated[bool, typer.Option(
     "--restart", help="Throw away what an interrupted run has left, and begin anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
+Unbiased = Annotated[bool | None, typer.Option(
+    "--unbiased/--no-unbiased", help="Scales make up for what rounding takes off.")]
+Gain = Annotated[float | None, typer.Option(
+    help="How much more of it: a power of the factors, in [0, 2]; above 1 less KL of the model for "
+         "more error of each matrix [default: 1].")]
 Ratio = Annotated[float | None, typer.Option(
     help="16-bit size over compressed size, everything counted [default: 16].")]
 Bits = Annotated[float | None, typer.Option(help="Bits a weight instead of --ratio.")]

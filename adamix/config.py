@@ -11,7 +11,8 @@ from typing import Literal
 MODEL_BITS = 16  # what "ratio" is measured against: a fine-tune is served in 16-bit weights
 PRESETS = ("adamix", "paper")
 SHORT_TEXT = 8  # tokens of a text: shorter ones in the mean say little of a model
-YOUNGER = {"vision": True, "sample_from": "auto"}  # left out of files where they are this
+# Fields that are younger than some files, left out where they are this.
+YOUNGER = {"vision": True, "sample_from": "auto", "gain": 1.0}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Config:
         unbiased: a component's scale makes up for what rounding takes off its size. Rounding with
             the least squared error shrinks by as much as it loses, at 2 bits an eighth in each
             factor: every layer would do less of what the fine-tune does, and that adds up.
+        gain: power of the factors by which `unbiased` raises scales, in [0, 2]. Above 1 they make
+            up for more, for the noise of rounding in what norms divide by, say: the model comes
+            nearer to the fine-tune, and each matrix has more error.
         passes: how often U is quantized; from the second pass on V is solved for again before.
         damping: λ in H = X Xᵀ + λ I, as a share of the mean diagonal of X Xᵀ.
         svd_damping: what the output-aware SVD adds to that λ: its components then hold for inputs
@@ -67,6 +71,7 @@ class Config:
     objective: Literal["v+u", "v"] = "v+u"
     correction: bool = True
     unbiased: bool = True
+    gain: float = 1.0
     passes: int = 4
     damping: float = 0.1
     svd_damping: float = 0.5
@@ -109,6 +114,7 @@ class Config:
         _require("passes", self.passes >= 1, ">= 1", self)
         _require("damping", 0 < self.damping < 1, "in (0, 1)", self)
         _require("svd_damping", 0 <= self.svd_damping < 1, "in [0, 1)", self)
+        _require("gain", 0 <= self.gain <= 2, "in [0, 2]", self)
         _require("solver", self.solver in ("highs", "cbc"), "'highs' or 'cbc'", self)
         _require("allocate", self.allocate in ("matrix", "model"), "'matrix' or 'model'", self)
         _require("calibration_sequences", self.calibration_sequences >= 1, ">= 1", self)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adamix.estimation import Estimate
     from adamix.evaluation import Evaluation
     from adamix.inspection import Inspection, KindRow
+    from adamix.merging import MergeSummary
     from adamix.pipeline import Summary
     from adamix.storage.log import MatrixRow
     from adamix.tuning import TuneSummary
@@ -81,6 +82,19 @@ def show_tuning(done: TuneSummary) -> None:
         ("wrote", f"{done.out}: {display.bytes_text(done.bytes)}, as before"),
         ("trained", f"{done.scales} scales of {done.matrices} matrices on {done.tokens} tokens"),
         ("KL, held out", change if done.kept else f"{change}: the scales are left as they were"),
+        ("time", display.seconds_text(done.seconds))])
+
+
+def merging_json(done: MergeSummary) -> dict[str, object]:
+    return dataclasses.asdict(done) | {"out": str(done.out)}
+
+
+def show_merging(done: MergeSummary) -> None:
+    worst = f", worst {done.worst_rounding_error:.3g} ({done.worst_matrix})"
+    display.show_facts([
+        ("wrote", f"{done.out}: {done.tensors} tensors, {display.bytes_text(done.bytes)}"),
+        (f"rounding to {done.dtype} adds", f"{done.rounding_error:.3g} of ‖Δ̂‖²"
+         + (worst if done.worst_matrix else "")),
         ("time", display.seconds_text(done.seconds))])
 
 

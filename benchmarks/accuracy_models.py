@@ -107,7 +107,7 @@ class Compression:
         # On a GPU only where this project's kernels are built for one.
         device = None if self.reference.device.type == "cuda" else "cpu"
         config = replace(PRESETS[preset], ratio=ratio, seed=self.config.seed,
-                         sample_from=self.config.sample_from,
+                         sample_from=self.config.sample_from, gain=self.config.gain,
                          calibration_sequences=self.config.calibration_sequences,
                          calibration_length=self.config.calibration_length)
         summary = adamix.compress(self.base, self.finetuned, out, config,

@@ -103,7 +103,7 @@ class Bench:
         """What calibrates, with one seed."""
         return adamix.Config(seed=seed, calibration_sequences=self.args.sequences,
                              calibration_length=self.args.length,
-                             sample_from=self.args.sample_from)
+                             sample_from=self.args.sample_from, gain=self.args.gain)
 
     def finetune(self, folder: Path) -> None:
         """All methods, ratios and seeds on one fine-tune, and what stands at both ends."""
@@ -238,6 +238,7 @@ def measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--sample-from", default="auto",
                         choices=["auto", "finetuned", "both", "base"], help="who writes these")
+    parser.add_argument("--gain", type=float, default=1.0, help="of this project's scales")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="begin nothing after these")

@@ -77,9 +77,10 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["adamix", "paper"])
     parser.add_argument("--passes", type=int, help="other than the preset's")
     parser.add_argument("--damping", type=float, help="share of the mean diagonal")
+    parser.add_argument("--gain", type=float, help="power of what makes up for shrinking")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     args = parser.parse_args()
-    rows, changes = [], {name: value for name in ("passes", "damping")
+    rows, changes = [], {name: value for name in ("passes", "damping", "gain")
                          if (value := getattr(args, name)) is not None}
     for preset in args.presets:
         config = adamix.Config.preset(preset, bits_per_weight=args.bits, **changes)

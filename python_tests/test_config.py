@@ -15,6 +15,7 @@ WRONG = [
     ("max_widths", 1), ("max_widths", 0), ("decomposition", "svd"), ("objective", "u"),
     ("passes", 0), ("passes", -1), ("svd_damping", -0.1), ("svd_damping", 1.0),
     ("damping", 0.0), ("damping", 1.0), ("damping", float("nan")),
+    ("gain", -0.1), ("gain", 2.1), ("gain", float("nan")),
     ("solver", "scip"), ("calibration_sequences", 0), ("calibration_length", 1),
 ]
 
@@ -32,7 +33,8 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_field_and_value(field, 
 RIGHT = [
     ("ratio", 1024.0), ("ratio", 1e-3), ("bits_per_weight", 16.0), ("bit_widths", (1,)),
     ("bit_widths", (8,)), ("max_widths", 2), ("max_widths", None), ("passes", 1),
-    ("damping", 1e-9), ("damping", 0.999), ("calibration_sequences", 1), ("calibration_length", 2),
+    ("damping", 1e-9), ("damping", 0.999), ("gain", 0.0), ("gain", 2.0),
+    ("calibration_sequences", 1), ("calibration_length", 2),
 ]
 
 
@@ -74,7 +76,8 @@ def test_the_default_is_the_adamix_preset():
     assert (config.decomposition, config.objective) == ("output-aware", "v+u")
     assert config.max_widths is None and config.separate_widths
     assert (config.correction, config.passes) == (True, 4)
-    assert (config.damping, config.svd_damping, config.unbiased) == (0.1, 0.5, True)
+    assert (config.damping, config.svd_damping) == (0.1, 0.5)
+    assert (config.unbiased, config.gain) == (True, 1.0)
 
 
 def test_the_paper_preset_makes_the_papers_choices():

@@ -38,10 +38,17 @@ def test_a_matrix_keeps_the_size_of_its_components(weighted):
     delta, X = (U * s) @ V, torch.randn(n, 4 * n, dtype=torch.float64)
     weights = torch.rand(out, dtype=torch.float64) + 0.5 if weighted else None
     H = hessian(X @ X.T, 0.01)
-    sizes = {}
-    for unbiased in (False, True):
-        config = Config(bits_per_weight=1.0, bit_widths=(4, 3, 2), passes=1, unbiased=unbiased)
-        restored = pack(quantize_matrix(delta, H, config, row_weights=weights).delta).dequantize()
-        kept = (U.T @ restored.double() @ V.T).diagonal() / s
-        sizes[unbiased] = kept[:6].mean().item()
-    assert sizes[False] < 0.98 and abs(sizes[True] - 1) < 0.3 * abs(sizes[False] - 1), sizes
+    sizes, scales = {}, {}
+    for unbiased, gain in ((False, 1.0), (True, 0.0), (True, 1.0), (True, 1.5)):
+        config = Config(bits_per_weight=1.0, bit_widths=(4, 3, 2), passes=1, unbiased=unbiased,
+                        gain=gain)
+        packed = pack(quantize_matrix(delta, H, config, row_weights=weights).delta)
+        kept = (U.T @ packed.dequantize().double() @ V.T).diagonal() / s
+        sizes[unbiased, gain] = kept[:6].mean().item()
+        scales[unbiased, gain] = packed.scales.double()
+    biased, kept = sizes[False, 1.0], sizes[True, 1.0]
+    assert biased < 0.98 and abs(kept - 1) < 0.3 * abs(biased - 1) and sizes[True, 1.5] > kept
+    plain = scales[False, 1.0]
+    assert torch.equal(scales[True, 0.0], plain)
+    torch.testing.assert_close(scales[True, 1.5] / plain, (scales[True, 1.0] / plain) ** 1.5,
+                               rtol=1e-6, atol=0)

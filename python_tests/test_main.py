@@ -103,13 +103,13 @@ def test_every_choice_of_the_configuration_can_be_switched(tmp_path, monkeypatch
                   "--threads", "2", "--passes", "3", "--widths", "8,2", "--max-widths", "3",
                   "--decomposition", "output-aware", "--objective", "v+u", "--no-correction",
                   "--solver", "cbc", "--allocate", "model", "--damping", "0.02",
-                  "--svd-damping", "0.3", "--no-unbiased", "--no-embeddings",
+                  "--svd-damping", "0.3", "--no-unbiased", "--gain", "1.2", "--no-embeddings",
                   "--no-separate-widths", "--no-vision", "--json")
     json_of(result)
     assert seen["config"] == Config(
         ratio=8.0, bit_widths=(8, 2), max_widths=3, decomposition="output-aware", objective="v+u",
         separate_widths=False, correction=False, passes=3, damping=0.02, svd_damping=0.3,
-        unbiased=False, solver="cbc", allocate="model", embeddings=False, vision=False,
+        unbiased=False, gain=1.2, solver="cbc", allocate="model", embeddings=False, vision=False,
         calibration_sequences=3, calibration_length=5, seed=7)
     assert (seen["calibration"], seen["threads"]) == ("text.txt", 2)
     call("compress", "a", "b", "-o", tmp_path / "out", "--preset", "paper")

@@ -234,8 +234,8 @@ def test_short_texts_are_told_of(capsys):
 def test_fields_that_files_have_stay_in_them_though_they_are_none():
     fields = Config().to_dict()
     assert fields["max_widths"] is None and fields["bits_per_weight"] is None
-    assert not fields.keys() & {"vision", "sample_from"}
-    younger = {"vision": False, "sample_from": "base"}
+    assert not fields.keys() & {"vision", "sample_from", "gain"}
+    younger = {"vision": False, "sample_from": "base", "gain": 1.25}
     assert Config(**younger).to_dict() == fields | younger
 
 

@@ -106,7 +106,7 @@ def _quantize(delta: Tensor, H: Hessian, config: Config, factors: Factors, simul
         if row_weights is not None:
             scaled = scaled * row_weights.double().sqrt()[:, None]
         whole = Factors(factors.U[:, components], factors.s[components], factors.V[components])
-        scales *= component_gains(whole, scaled, V_hat.dequantize())
+        scales *= component_gains(whole, scaled, V_hat.dequantize()) ** config.gain
     return QuantizedDelta(U_hat.codes, V_hat.codes, u_bits, v_bits, scales.float())
 
 

@@ -127,8 +127,9 @@ class _Sampler:
         begins = (tokenizer.bos_token_id if tokenizer else None, settings.bos_token_id, end)
         start = next((token for token in begins if token is not None), None)
         if not isinstance(start, int):
+            alone = ", or --sample-from finetuned" if first else ""  # which has written already
             raise CalibrationError(f"{source.source} names no token that begins a text: "
-                                   "give --calibration FILE")
+                                   f"give --calibration FILE{alone}")
         self.progress.stage("sampling calibration text", sequences)
         with workers(self._at_once(source)) as executor:
             return sample(

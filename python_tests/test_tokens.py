@@ -174,8 +174,12 @@ def test_a_base_that_names_no_first_token_is_named(tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"bos_token_id": None,
                                                            "eos_token_id": None}))
-    with pytest.raises(CalibrationError, match="base names no token that begins a text"):
-        written(base, finetuned, tmp_path / "delta", sample_from="both")
+    short = ending(finetuned, tmp_path / "short")
+    for side, asked in ((finetuned, "both"), (short, "auto")):
+        with pytest.raises(CalibrationError, match="base names no token that begins a text: give "
+                                                   "--calibration FILE, or --sample-from finet"):
+            written(base, side, tmp_path / "delta", sample_from=asked)
+    assert written(base, finetuned, tmp_path / "delta").shape == (6, 24)  # it need not write
 
 
 def test_a_base_without_a_config_cannot_write(tmp_path):

@@ -289,7 +289,7 @@ def tune(
     with display.shown_progress() as progress:
         done = run(base, finetuned, delta, out, calibration=calibration, steps=steps, seed=seed,
                    device=device, dtype=dtype.value, progress=progress)
-    (display.show_json(reports.tuning_json(done)) if as_json else reports.show_tuning(done))
+    (display.show_json(reports.changed_json(done)) if as_json else reports.show_tuning(done))
 
 
 @app.command()
@@ -307,7 +307,7 @@ def merge(
 
     with display.shown_progress() as progress:
         done = run(base, delta, out, dtype=dtype.value if dtype else None, progress=progress)
-    (display.show_json(reports.merging_json(done)) if as_json else reports.show_merging(done))
+    (display.show_json(reports.changed_json(done)) if as_json else reports.show_merging(done))
 
 
 @app.command()

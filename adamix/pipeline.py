@@ -191,8 +191,8 @@ def _compress(base: str | Path, finetuned: str | Path, out: Path, given: _Given,
         return Summary(out, rows, sizes[0], budget.bytes_16bit, _whole_bytes(found), sizes[1],
                        ranks.main(lambda: seconds), max(ranks.gather(peak_bytes())),
                        ranks.main(lambda: len(finished)), ranks.count,
-                       *((document_length(tokens, config), config.sample_from)
-                         if calibration is None else ()))
+                       document_length(tokens, config) if calibration is None else None,
+                       config.sample_from if calibration is None else None)
 
 
 def _whole_bytes(found: Survey) -> dict[str, int]:

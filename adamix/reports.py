@@ -72,7 +72,7 @@ def _short_texts(summary: Summary) -> list[tuple[str, str]]:
                             f"fine-tune writes: {then}, or give --calibration FILE")]
 
 
-def tuning_json(done: TuneSummary) -> dict[str, object]:
+def changed_json(done: TuneSummary | MergeSummary) -> dict[str, object]:
     return dataclasses.asdict(done) | {"out": str(done.out)}
 
 
@@ -83,10 +83,6 @@ def show_tuning(done: TuneSummary) -> None:
         ("trained", f"{done.scales} scales of {done.matrices} matrices on {done.tokens} tokens"),
         ("KL, held out", change if done.kept else f"{change}: the scales are left as they were"),
         ("time", display.seconds_text(done.seconds))])
-
-
-def merging_json(done: MergeSummary) -> dict[str, object]:
-    return dataclasses.asdict(done) | {"out": str(done.out)}
 
 
 def show_merging(done: MergeSummary) -> None:

@@ -82,12 +82,14 @@ def own_tokens(work: WorkFolder | NoFolder, sources: tuple[Checkpoint, Checkpoin
         write = _Sampler(config, vocabulary, compute, threads, max_memory, progress, ranks).tokens
         by_base, by_finetune = writers(config)
         length = _length(config, [finetuned, base] if by_base else [finetuned])
-        parts = [write(*part, length) for part in (
-            (finetuned, by_finetune, 0), (base, by_base, by_finetune)) if part[1]]
-        by_base, by_finetune = writers(settled(config, parts[0]))
-        if by_base and config.sample_from == "auto":
+        parts: list[Tensor] = []
+        if by_finetune:
+            parts = [write(finetuned, by_finetune, 0, length)]
+            by_base, by_finetune = writers(settled(config, parts[0]))
+        if by_base:
             length = _length(config, [finetuned, base])
-            parts = [parts[0][:by_finetune, :length], write(base, by_base, by_finetune, length)]
+            parts = [*(part[:by_finetune, :length] for part in parts),
+                     write(base, by_base, by_finetune, length)]
         tokens = cat(parts)
         work.keep_tokens(tokens, token_hash(tokens))
     return tokens

@@ -37,6 +37,7 @@ from train_pair import RECORD
 from transformers import PreTrainedModel
 
 import adamix
+from adamix.arguments import Writer
 from adamix.errors import BudgetError
 from adamix.generation import tokenizer_of
 from adamix.source.models import load_model
@@ -236,8 +237,8 @@ def measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="a file of general text, for KL")
     parser.add_argument("--sequences", type=int, default=128, help="that calibrate")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--sample-from", default="auto",
-                        choices=["auto", "finetuned", "both", "base"], help="who writes these")
+    parser.add_argument("--sample-from", default="auto", choices=[one.value for one in Writer],
+                        help="who writes these")
     parser.add_argument("--gain", type=float, default=1.0, help="of this project's scales")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--minutes", type=float, default=math.inf,
